@@ -1,0 +1,159 @@
+"""The only place that reads or writes weights.
+
+Everything is read with `weights_only=True` (or from safetensors): nothing in a weight file can run code. Everything is
+written to a temporary file beside its place, flushed to the disk and renamed: a reader finds the old file or the new
+one, never a half.
+"""
+
+import os
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from safetensors import SafetensorError
+from timm.models import load_pretrained
+from torch import Tensor, nn
+
+
+class CheckpointError(ValueError):
+    """A weight file cannot be read, or does not fit the model."""
+
+
+def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
+    """Return what the weight file `path` holds: a mapping of names to tensors or of a training tool's entries.
+
+    Raises:
+        CheckpointError: The file is missing, damaged, or holds objects other than tensors and plain types.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file; give a weight file or a run folder")
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        content = torch.load(path, map_location=map_location, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path}: holds objects that are not weights or plain types, and is not read, as they could run code. "
+            f"Save its state dict alone where the file comes from. Details: {str(error).splitlines()[0]}"
+        ) from error
+    except (OSError, EOFError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(
+            f"{path}: not a readable weight file, probably damaged or incomplete: {reason}"
+        ) from error
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"{path}: holds a {type(content).__name__}, expected a mapping of names to tensors")
+    return dict(content)
+
+
+def strip_wrappers(checkpoint: Mapping[str, Any], ema: bool = False) -> dict[str, Tensor]:
+    """Return the backbone's weights in a checkpoint without what training tools put around them.
+
+    Known: an entry `state_dict` or `model` (with `ema`, first `state_dict_ema` or `model_ema`), the prefixes of DDP and
+    torch.compile, the `backbone.` of mm detectors and segmentors (neck and heads are left out), and our own training
+    checkpoints.
+
+    Raises:
+        CheckpointError: There are no weights, no averaged ones where `ema` asks for them, or something else among them.
+    """
+    averaged, raw = ("state_dict_ema", "model_ema"), ("state_dict", "model")
+    nested = [checkpoint[key] for key in (averaged if ema else ()) + raw if isinstance(checkpoint.get(key), Mapping)]
+    weights = dict(nested[0] if nested else checkpoint)
+    for prefix in ("module.", "_orig_mod.", "module."):
+        if weights and all(key.startswith(prefix) for key in weights):
+            weights = _below(prefix, weights)
+    if any(key.startswith("ema.module.") for key in weights) and ema:
+        weights = _below("ema.module.", weights)
+    elif any(key.startswith("model.") for key in weights):
+        weights = _below("model.", weights)
+    elif any(key.startswith("backbone.") for key in weights):
+        weights = _below("backbone.", weights)
+    strange = [key for key, value in weights.items() if not isinstance(value, Tensor)]
+    if strange or not weights:
+        found = f"entries that are no tensors: {', '.join(map(str, strange[:5]))}" if strange else "no weights"
+        raise CheckpointError(f"the checkpoint holds {found}; expected a state dict, flat or under state_dict or model")
+    return weights
+
+
+def _below(prefix: str, weights: Mapping[str, Any]) -> dict[str, Any]:
+    return {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
+
+
+def run_checkpoint(run: str | Path, which: str = "best") -> Path:
+    """Return the `best` checkpoint of a run folder, or the last one where there is no best yet.
+
+    Raises:
+        CheckpointError: The folder holds no checkpoint.
+    """
+    folder = Path(run) / "checkpoints"
+    for name in dict.fromkeys((which, "last")):
+        if (folder / f"{name}.ckpt").is_file():
+            return folder / f"{name}.ckpt"
+    raise CheckpointError(f"{run}: no checkpoint in {folder}; expected best.ckpt or last.ckpt: is it a run folder?")
+
+
+def load_weights(model: nn.Module, path: str | Path, ema: bool = False) -> None:
+    """Load a weight file (official format or ours) or a run folder's best checkpoint into a model built by timm.
+
+    A classifier of another width than the model's is left out; weights of the first convolution are adapted to the
+    model's image channels.
+
+    Args:
+        model: A model of the zoo, or any other timm model.
+        path: Weight file or run folder.
+        ema: Take the averaged weights.
+
+    Raises:
+        CheckpointError: The file cannot be read or does not fit; nothing has been loaded then.
+    """
+    from effbackbones.models._hierarchical import HierarchicalBackbone, checkpoint_filter_fn
+
+    path = run_checkpoint(path) if Path(path).is_dir() else Path(path)
+    checkpoint = read_checkpoint(path)
+    try:
+        weights = strip_wrappers(checkpoint, ema)
+        cfg = {**model.pretrained_cfg, "state_dict": weights}
+        classifier = weights.get("head.fc.weight", weights.get("head.weight"))
+        if classifier is not None:
+            cfg["num_classes"] = classifier.shape[0]
+        if not isinstance(model, HierarchicalBackbone):
+            load_pretrained(model, cfg, model.num_classes, model.in_chans)
+            return
+        original = model.pretrained_cfg
+        model.pretrained_cfg = cfg
+        try:
+            load_pretrained(model, cfg, model.num_classes, model.in_chans, filter_fn=checkpoint_filter_fn)
+        finally:
+            model.pretrained_cfg = original
+    except (CheckpointError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Lightning's checkpoint files: written whole or not at all, read with plain types only."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Write `checkpoint` to `path`; the file that was there stays until the new one is complete."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f".{path.name}.part")
+        try:
+            with part.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(path)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = lambda storage, loc: storage, weights_only: bool | None = True
+    ) -> dict[str, Any]:
+        """Return the checkpoint at `path`, whatever `weights_only` says with plain types only."""
+        return read_checkpoint(path, map_location)

@@ -1,0 +1,143 @@
+"""The recipe: every key a recipe may hold, with its type, its meaning and its default.
+
+A recipe is a YAML file of these sections. `load.py` reads one into a :class:`Recipe`; nothing here
+is ever imported or called by name from a recipe: names resolve in the registries of `timm`
+(models, optimizers, schedules) and in the fixed choices below.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+def key(default: Any, help: str, *, ge: float | None = None, gt: float | None = None, le: float | None = None) -> Any:
+    """Return a dataclass field with its one-line meaning and its bounds (`None` values are not bounded)."""
+    metadata = {"help": help, "ge": ge, "gt": gt, "le": le}
+    if isinstance(default, (list, dict)):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class ModelConfig:
+    name: str = key("", "model of the timm registry, such as uniformer_small (required)")
+    checkpoint: str | None = key(None, "weights to start from: a weight file (official format or ours) or a run folder")
+    drop_rate: float = key(0.0, "dropout of the classifier head and of MLPs", ge=0, le=1)
+    drop_path_rate: float = key(0.0, "stochastic depth of the last block; earlier blocks scale linearly", ge=0, le=1)
+    args: dict[str, Any] = key({}, "further constructor arguments of the model, such as attention: window")
+    norm_eval: bool = key(False, "keep the statistics of batch norms frozen while training")
+    grad_checkpointing: bool = key(False, "recompute activations in the backward pass: less memory, about 30% slower")
+    compile: bool = key(False, "torch.compile the model: minutes of compilation, then faster steps")
+    channels_last: bool = key(False, "store activations as NHWC: often faster convolutions")
+
+
+@dataclass
+class DataConfig:
+    source: Literal["fashion_mnist", "folder", "synthetic"] = key("folder", "kind of dataset")
+    root: str | None = key(None, "where the dataset lies; fashion_mnist has the images that ship as its default")
+    num_classes: int | None = key(None, "number of classes; read from the dataset where null", gt=0)
+    size: int = key(224, "side of the square model input, pixels", ge=32)
+    batch_size: int = key(128, "training images per device and step", gt=0)
+    eval_batch_size: int | None = key(None, "evaluation images per device and step; null: batch_size", gt=0)
+    workers: int = key(4, "loader processes per device; 0 loads in the training process", ge=0)
+    mean: list[float] = key([0.485, 0.456, 0.406], "per-channel mean taken off the input (0 to 1 scale)")
+    std: list[float] = key([0.229, 0.224, 0.225], "per-channel deviation the input is divided by (0 to 1 scale)")
+    crop_pct: float = key(0.875, "evaluation: side of the centre crop over that of the resized image", gt=0, le=1)
+    interpolation: Literal["bilinear", "bicubic", "random"] = key("bicubic", "resampling of images")
+    on_bad_image: Literal["error", "skip"] = key("error", "an image that cannot be read: stop, or skip and count it")
+    max_bad_images: int = key(100, "stop after so many skipped images", ge=0)
+    synthetic_images: int = key(256, "images of the synthetic source, for training and for evaluation", gt=0)
+
+
+@dataclass
+class AugmentConfig:
+    scale: list[float] = key([0.08, 1.0], "area range of the random resized crop; [1, 1] for none")
+    ratio: list[float] = key([0.75, 1.3333], "aspect-ratio range of the random resized crop; [1, 1] for none")
+    hflip: float = key(0.5, "probability of a horizontal flip", ge=0, le=1)
+    color_jitter: float | None = key(
+        None, "strength of colour jitter; has no effect beside a policy (timm's rule)", ge=0
+    )
+    policy: str | None = key(None, "AutoAugment or RandAugment in timm's notation, such as rand-m9-mstd0.5-inc1")
+    erase: float = key(0.0, "probability of random erasing", ge=0, le=1)
+    repeats: int = key(1, "repeated augmentation: views of an image in one epoch of unchanged length", ge=1)
+    mixup: float = key(0.0, "mixup alpha; 0 for none", ge=0)
+    cutmix: float = key(0.0, "cutmix alpha; 0 for none", ge=0)
+    mix_prob: float = key(1.0, "probability that a batch is mixed", ge=0, le=1)
+    switch_prob: float = key(0.5, "probability of cutmix where both are on", ge=0, le=1)
+    smoothing: float = key(0.0, "label smoothing", ge=0, le=1)
+
+
+@dataclass
+class OptimConfig:
+    name: str = key("adamw", "optimizer of timm's registry")
+    lr: float = key(1e-3, "peak learning rate", gt=0)
+    lr_batch: int | None = key(
+        None, "global batch lr belongs to: lr scales linearly with the real one; null: no scaling", gt=0
+    )
+    weight_decay: float = key(0.05, "weight decay; norms, biases and what the model exempts have none", ge=0)
+    betas: list[float] | None = key(None, "Adam's betas; null: the optimizer's own")
+    eps: float | None = key(None, "the optimizer's epsilon; null: its own", gt=0)
+    momentum: float | None = key(None, "momentum of SGD; null: the optimizer's own", ge=0, le=1)
+    layer_decay: float | None = key(
+        None, "factor of the learning rate per layer from the head down; null: none", gt=0, le=1
+    )
+    clip_grad: float | None = key(None, "clip the norm of the gradient; null: no clipping", gt=0)
+
+
+@dataclass
+class ScheduleConfig:
+    name: Literal["cosine", "poly", "step", "constant"] = key("cosine", "decay of the learning rate, per step")
+    warmup_epochs: float = key(0.0, "epochs of linear warm-up, counted in the schedule", ge=0)
+    warmup_lr: float = key(1e-6, "learning rate at the start of the warm-up; never scaled", ge=0)
+    min_lr: float = key(0.0, "learning rate at the end; never scaled", ge=0)
+    decay_epochs: float = key(30.0, "step schedule: epochs between decays", gt=0)
+    decay_rate: float = key(0.1, "step schedule: factor of a decay", gt=0, le=1)
+
+
+@dataclass
+class EmaConfig:
+    decay: float | None = key(None, "decay of the running average of the weights; null: no average is kept", gt=0, le=1)
+    warmup: bool = key(False, "let the decay grow from 0 to its value over the first steps")
+
+
+@dataclass
+class TrainerConfig:
+    epochs: int = key(300, "epochs of training", gt=0)
+    steps: int | None = key(None, "optimizer steps to stop after, where that comes before the epochs", gt=0)
+    accelerator: Literal["auto", "cpu", "cuda", "mps"] = key("auto", "kind of device")
+    devices: int | str = key("auto", "devices per node: a number, or auto for all (one process on CPU)")
+    nodes: int = key(1, "machines", gt=0)
+    strategy: Literal["auto", "ddp"] = key("auto", "how several devices work together")
+    precision: Literal["32", "bf16", "fp16"] = key("32", "32, or automatic mixed precision in bf16 or fp16")
+    accumulate: int = key(1, "batches whose gradients add up to one optimizer step", gt=0)
+    sync_bn: bool = key(False, "batch-norm statistics over all devices (CUDA only)")
+    seed: int = key(0, "seed of initial weights, data order, augmentation and dropout", ge=0)
+    val_every: int = key(1, "epochs between evaluations", gt=0)
+    monitor: Literal["top1", "top1_ema", "loss"] = key("top1", "evaluation metric that selects the best checkpoint")
+    save_every: int | None = key(
+        None, "also save the last checkpoint every so many steps; null: at each epoch's end", gt=0
+    )
+    log_every: int = key(50, "steps between rows of metrics.csv", gt=0)
+    limit_train: int | None = key(None, "batches per training epoch; null: all", gt=0)
+    limit_val: int | None = key(None, "batches per evaluation; null: all", gt=0)
+    overfit: bool = key(False, "debugging: train on the first batch alone, evaluate on it")
+
+
+@dataclass
+class RunConfig:
+    dir: str | None = key(None, "run folder; null: runs/<recipe name>")
+    force: bool = key(False, "resume although the recipe differs from the one the run began with")
+
+
+@dataclass
+class Recipe:
+    """A whole recipe. `task` says which training module it is for."""
+
+    task: Literal["classification"] = key("classification", "what is trained")
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    ema: EmaConfig = field(default_factory=EmaConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    run: RunConfig = field(default_factory=RunConfig)

@@ -1,0 +1,127 @@
+"""The LightningDataModule of image classification."""
+
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from ..config.schema import AugmentConfig, DataConfig
+from .datasets import BadImages, EvalImages, ImageSource, TrainImages
+from .sampler import EpochBatches
+from .transforms import eval_transform, train_transform
+
+
+class ImageData(LightningDataModule):
+    """Batches of normalised images (B, 3, size, size) float32 with class indices (B,) int64.
+
+    The order and the augmentation of training follow from `seed` and the progress of the trainer, which must have
+    `use_distributed_sampler=False`: see :mod:`.sampler`. Evaluation takes every image once, in order; rank r of W takes
+    every W-th from r on. With `overfit`, every training batch is the first one, and evaluation takes its images.
+    """
+
+    def __init__(
+        self,
+        train: ImageSource,
+        val: ImageSource,
+        data: DataConfig,
+        augment: AugmentConfig,
+        *,
+        seed: int,
+        overfit: bool = False,
+    ) -> None:
+        super().__init__()
+        self.classes = tuple(train.classes)
+        self.num_classes = len(self.classes)
+        self.eval_transform = eval_transform(data)
+        self._bad = BadImages(data.on_bad_image, data.max_bad_images, train=len(train), val=len(val))
+        self.train_dataset = TrainImages(train, train_transform(data, augment), self._bad)
+        evaluated = (train, "train") if overfit else (val, "val")
+        self.val_dataset = EvalImages(evaluated[0], self.eval_transform, self._bad, evaluated[1], data.size)
+        self._data = data
+        self._repeats = augment.repeats
+        self._seed = seed
+        self._overfit = overfit
+
+    @property
+    def bad_images(self) -> int:
+        """Images skipped so far by this rank, over all its worker processes."""
+        return self._bad.count
+
+    def train_dataloader(self) -> DataLoader:
+        return _loader(self._data, self.train_dataset, batch_sampler=self._epoch_batches())
+
+    def val_dataloader(self) -> DataLoader:
+        images = self._epoch_batches().first_images() if self._overfit else range(len(self.val_dataset))
+        rank, world = self._rank_and_world()
+        batch_size = self._data.eval_batch_size or self._data.batch_size
+        return _loader(self._data, self.val_dataset, batch_size=batch_size, sampler=images[rank::world])
+
+    def test_dataloader(self) -> DataLoader:
+        return self.val_dataloader()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"batches_per_epoch": self._batches_per_epoch()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Check that counted batches still mean the same position. Raises ValueError where they do not."""
+        saved = state_dict["batches_per_epoch"]
+        assert self.trainer is not None
+        if self.trainer.state.fn == TrainerFn.FITTING and saved != self._batches_per_epoch():
+            raise ValueError(
+                f"the checkpoint comes from a run with {saved} batches per epoch, this one has "
+                f"{self._batches_per_epoch()}, so that it cannot go on where that one was: resume with the same number "
+                "of images, global batch size and trainer.limit_train, or start a new run from its weights"
+            )
+
+    def _epoch_batches(self) -> EpochBatches:
+        rank, world = self._rank_and_world()
+        return EpochBatches(
+            len(self.train_dataset),
+            self._data.batch_size,
+            seed=self._seed,
+            position=self._position,
+            repeats=self._repeats,
+            rank=rank,
+            world=world,
+            overfit=self._overfit,
+        )
+
+    def _rank_and_world(self) -> tuple[int, int]:
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+    def _batches_per_epoch(self) -> int:
+        length = len(self._epoch_batches())
+        limit = self.trainer.limit_train_batches if self.trainer else 1.0
+        return min(length, limit) if isinstance(limit, int) else int(length * limit)
+
+    def _position(self) -> tuple[int, int]:
+        if self.trainer is None:
+            return 0, 0
+        # Lightning starts an iteration when it has restored its progress and before it fetches a batch, so at that
+        # moment the total is exact: it counts finished batches over all epochs, unlike `ready` not a broken-off one.
+        consumed = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed  # type: ignore[attr-defined]
+        return divmod(consumed, self._batches_per_epoch())
+
+
+class _ResumableLoader(DataLoader):
+    """A loader that Lightning takes as resumable; it needs no state, as its batch sampler knows the position."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        pass
+
+
+def _loader(data: DataConfig, dataset: Dataset[tuple[Tensor, int]], **batches: Any) -> DataLoader:
+    return _ResumableLoader(
+        dataset,
+        num_workers=data.workers,
+        persistent_workers=data.workers > 0,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # loaders draw from the global generator otherwise
+        **batches,
+    )

@@ -1,0 +1,56 @@
+"""From PIL images to normalised tensors, by timm's transforms."""
+
+from PIL import Image
+from timm.data import create_transform
+from torchvision.transforms import Compose
+
+from ..config.schema import AugmentConfig, DataConfig
+from .datasets import Transform
+
+
+def train_transform(data: DataConfig, augment: AugmentConfig) -> Transform:
+    """Return the augmentation of a recipe: RGB image of any size to float32 (3, data.size, data.size).
+
+    Raises ValueError where timm does not know augment.policy.
+    """
+    try:
+        return create_transform(
+            data.size,
+            is_training=True,
+            scale=tuple(augment.scale),  # type: ignore[arg-type]
+            ratio=tuple(augment.ratio),  # type: ignore[arg-type]
+            hflip=augment.hflip,
+            color_jitter=augment.color_jitter,  # type: ignore[arg-type]  # timm takes None too
+            auto_augment=augment.policy,
+            interpolation=data.interpolation,
+            mean=tuple(data.mean),
+            std=tuple(data.std),
+            re_prob=augment.erase,
+            re_mode="pixel",
+            re_count=1,
+        )
+    except AssertionError as error:
+        raise ValueError(
+            f"augment.policy={augment.policy!r} is no policy of timm ({error}): write one like rand-m9-mstd0.5-inc1, "
+            "augmix-m3-w3 or original, or null"
+        ) from error
+
+
+def eval_transform(data: DataConfig) -> Transform:
+    """Return the evaluation of a recipe: image of any mode and size to float32 (3, data.size, data.size).
+
+    The shorter side is resized to size / crop_pct, and the centre is cropped.
+    """
+    transform = create_transform(
+        data.size,
+        is_training=False,
+        crop_pct=data.crop_pct,
+        interpolation="bicubic" if data.interpolation == "random" else data.interpolation,
+        mean=tuple(data.mean),
+        std=tuple(data.std),
+    )
+    return Compose([_to_rgb, *transform.transforms])
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    return image.convert("RGB")

@@ -1,0 +1,285 @@
+"""Softmax attention: the one function that every softmax attention of the zoo goes through.
+
+`attend` serves a call with one of three backends:
+
+- `xformers`: memory-efficient attention, on CUDA, where the installed xformers can serve the call;
+- `sdpa`: torch's scaled_dot_product_attention, which serves every call;
+- `plain`: the formula in plain PyTorch, which keeps the N x M weights; for reference and debugging.
+
+By default (`auto`) that is xformers where it can serve the call, else sdpa. The environment variable
+`EFFBACKBONES_ATTENTION` (read once, at import) and the context manager `attention_backend` force one.
+Under torch.compile and torch.export it is sdpa, unless plain is forced.
+
+Legend: B batch, N queries, M keys, d head dim of q and k, d_v head dim of v.
+"""
+
+import functools
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_log = logging.getLogger(__name__)
+
+_ENV = "EFFBACKBONES_ATTENTION"
+_NAMES = ("auto", "xformers", "sdpa", "plain")
+
+
+def _checked(name: str, source: str) -> str:
+    if name not in _NAMES:
+        raise ValueError(f"{source} is {name!r}; expected one of {', '.join(_NAMES)}")
+    return name
+
+
+_choice = _checked(os.environ.get(_ENV, "auto"), f"environment variable {_ENV}")
+_last: str | None = None
+
+
+@contextmanager
+def attention_backend(name: str) -> Iterator[None]:
+    """Force one attention backend within the block: auto, xformers, sdpa or plain.
+
+    Raises ValueError for another name. The choice is one of the process, not of the thread.
+    """
+    global _choice
+    before, _choice = _choice, _checked(name, "the attention backend")
+    try:
+        yield
+    finally:
+        _choice = before
+
+
+def last_backend() -> str | None:
+    """Return the backend that served the last eager call of `attend`; None before the first."""
+    return _last
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, scale: float | None = None, dropout_p: float = 0.0
+) -> Tensor:
+    """Return softmax(scale * q k^T + bias) v, with dropout on the weights.
+
+    q: (B, heads, N, d); k: (B, heads, M, d); v: (B, heads, M, d_v); returns (B, heads, N, d_v).
+    bias: floating point, broadcastable to (B, heads, N, M); xformers and sdpa take it in q's dtype.
+    scale: d ** -0.5 where None. dropout_p: applied whenever above 0, so pass 0 in evaluation.
+    Raises RuntimeError where a forced backend cannot serve the call, TypeError for a bias that is not floating point.
+    """
+    global _last
+    if bias is not None and not bias.is_floating_point():
+        raise TypeError(f"bias has dtype {bias.dtype}; expected a floating-point bias, which is added to the scores")
+    if torch.compiler.is_compiling():
+        return (_plain if _choice == "plain" else _sdpa)(q, k, v, bias, scale, dropout_p)
+    _last = _pick(q, k, v, bias)
+    return _FUNCTIONS[_last](q, k, v, bias, scale, dropout_p)
+
+
+def _pick(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> str:
+    if _choice == "auto":
+        host = _host(q.device)
+        return "sdpa" if host.problems or why_not("xformers", q, k, v, bias, host) else "xformers"
+    if reasons := why_not(_choice, q, k, v, bias):
+        raise RuntimeError(
+            f"attention backend {_choice!r} is forced but cannot serve q {tuple(q.shape)}, k {tuple(k.shape)}, "
+            f"v {tuple(v.shape)}: {'; '.join(reasons)}. Choose auto or sdpa through {_ENV} or attention_backend()."
+        )
+    return _choice
+
+
+class Host(NamedTuple):
+    """What a device offers to xformers: why it cannot serve there at all (empty: it can), and its CUDA capability."""
+
+    problems: tuple[str, ...] = ()
+    capability: tuple[int, int] = (8, 0)
+
+
+def why_not(
+    backend: str, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, host: Host | None = None
+) -> list[str]:
+    """Return every reason why a backend cannot serve an eager call of `attend`; empty where it can.
+
+    Only shapes and dtypes are read (autocast counted in), so meta tensors will do. Strides and the alignment of the
+    bias are no reason: `attend` copies what xformers would refuse. host: that of q's device where None.
+    """
+    if backend != "xformers":
+        return []
+    host = host or _host(q.device)
+    reasons = list(host.problems)
+    q_dtype, k_dtype, v_dtype = _autocast_dtype(q), _autocast_dtype(k), _autocast_dtype(v)
+    d, d_v = q.shape[-1], v.shape[-1]
+    if not q_dtype == k_dtype == v_dtype:
+        reasons.append(f"q, k and v have dtypes {q_dtype}, {k_dtype} and {v_dtype}: xformers needs one")
+    if q_dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        reasons.append(f"dtype {q_dtype}: xformers serves float32, float16 and bfloat16")
+    elif q_dtype == torch.bfloat16 and host.capability < (8, 0):
+        reasons.append(f"bfloat16 needs compute capability 8.0, this device has {_dotted(host.capability)}")
+    step = 16 // q_dtype.itemsize  # CUTLASS and flash load 16 bytes at a time
+    if d % step or d_v % step:
+        reasons.append(f"head dims {d} (q, k) and {d_v} (v): xformers needs multiples of {step} in {q_dtype}")
+    if max(q.shape[:2]) > 65535:
+        reasons.append(f"batch {q.shape[0]} and heads {q.shape[1]}: the kernels' CUDA grid ends at 65535")
+    if 0 in q.shape or 0 in v.shape:
+        reasons.append("a tensor is empty")
+    if host.capability > (9, 0) and (bias is not None or q_dtype == torch.float32 or d != d_v or d > 256):
+        reasons.append(
+            f"on compute capability {_dotted(host.capability)} xformers has flash attention only: "
+            "16 bits, no bias, one head dim up to 256"
+        )
+    return reasons
+
+
+def aligned_bias(bias: Tensor) -> Tensor:
+    """Return an equal bias whose last dim is contiguous and whose other strides are multiples of 8, as xformers needs.
+
+    bias: (..., N, M). It is returned itself where it is stored so, else as a slice of a padded copy; differentiable.
+    """
+    if _is_aligned(bias, 8):
+        return bias
+    length = bias.shape[-1]
+    padded = bias.new_zeros(*bias.shape[:-1], (length + 7) // 8 * 8)
+    padded[..., :length] = bias
+    return padded[..., :length]
+
+
+def attention_report() -> dict[str, str]:
+    """Try a tiny forward and backward pass of each backend on this machine (its GPU if any).
+
+    Returns for each backend "works", or why it does not.
+    """
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+    return {
+        "xformers": "; ".join(_host(device).problems) or "works",
+        "sdpa": _failure("sdpa", device, Host()) or "works",
+        "plain": _failure("plain", device, Host()) or "works",
+    }
+
+
+# ---- backends
+
+
+def _plain(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float | None, dropout_p: float) -> Tensor:
+    # The scale comes first: q k^T alone leaves the range of float16 where the scaled scores do not.
+    scores = (q * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.transpose(-2, -1)
+    if scores.dtype in (torch.float16, torch.bfloat16):
+        scores = scores.float()
+    if bias is not None:
+        scores = scores + bias
+    weights = F.dropout(scores.softmax(-1), dropout_p)
+    return weights.to(v.dtype) @ v
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float | None, dropout_p: float) -> Tensor:
+    # Without contiguous head dims, or with a 3-d bias, torch leaves its fused kernels.
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    if bias is not None:
+        q, bias = _fused_bias(q, k, v, bias)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout_p, scale=scale)
+
+
+def _xformers(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float | None, dropout_p: float) -> Tensor:
+    from xformers.ops import memory_efficient_attention
+
+    q, k, v = (x.to(_autocast_dtype(x)) for x in (q, k, v))
+    if bias is not None:
+        q, bias = _fused_bias(q, k, v, bias)
+        rows = bias.expand(*bias.shape[:-1], k.shape[2])
+        bias = aligned_bias(rows).expand(*q.shape[:3], k.shape[2])  # aligned first: B copies of it are never stored
+    step = 16 // q.element_size()
+    q_bnhd, k_bmhd, v_bmhd = (
+        (x if _is_aligned(x, step) else x.clone(memory_format=torch.contiguous_format)).transpose(1, 2)
+        for x in (q, k, v)
+    )
+    return memory_efficient_attention(q_bnhd, k_bmhd, v_bmhd, bias, dropout_p, scale).transpose(1, 2)
+
+
+_FUNCTIONS = {"xformers": _xformers, "sdpa": _sdpa, "plain": _plain}
+
+
+def _fused_bias(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Return q and the bias as the fused kernels need them: the bias 4-d and in q's dtype, q in the bias's graph."""
+    bias = bias.to(q.dtype)
+    if bias.dim() == 3:
+        bias = bias[None]
+    if bias.requires_grad and torch.is_grad_enabled() and not (q.requires_grad or k.requires_grad or v.requires_grad):
+        # Where none of q, k, v needs a gradient, xformers returns none for the bias, and the CUDA kernel of torch
+        # before pytorch#188302 reads invalid memory in its backward pass. An empty sum is an exact zero.
+        q = q + bias[..., :0].sum()
+    return q, bias
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype that autocast gives x in attention (float64 keeps its own)."""
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
+def _is_aligned(x: Tensor, step: int) -> bool:
+    *strides, last = x.stride()
+    return last == 1 and x.storage_offset() % step == 0 and all(stride % step == 0 for stride in strides)
+
+
+# ---- what this machine offers
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return "{}.{}".format(*capability)
+
+
+@functools.cache
+def _host(device: torch.device) -> Host:
+    """Return what a device offers to xformers; on CUDA, import it and make a trial call."""
+    if device.type != "cuda":
+        return Host((f"the tensors are on {device.type}: xformers serves CUDA devices only",))
+    host = Host(capability=torch.cuda.get_device_capability(device))
+    problem = _import_problem() or _failure("xformers", device, host)
+    if problem and problem != _NOT_INSTALLED:
+        _log.warning("xformers attention is off on %s: %s", device, problem)
+    return host._replace(problems=(problem,)) if problem else host
+
+
+_NOT_INSTALLED = "xformers is not installed: pip install 'effbackbones[xformers]'"
+_KNOWN_VERSION = "0.0.35"  # whose rules `why_not` states
+
+
+@functools.cache
+def _import_problem() -> str:
+    """Import xformers and return why it cannot be used; empty where it can."""
+    logger = logging.getLogger("xformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # it warns at length about its own C++ extension, which attention does not need
+    try:
+        import xformers
+        from xformers.ops.fmha import common, cutlass
+    except ModuleNotFoundError as error:
+        return _NOT_INSTALLED if error.name == "xformers" else f"xformers does not import: {error}"
+    except Exception as error:
+        return f"xformers does not import: {type(error).__name__}: {error}"
+    finally:
+        logger.setLevel(level)
+    if not xformers.__version__.startswith(_KNOWN_VERSION):
+        return f"xformers {xformers.__version__} is installed; expected {_KNOWN_VERSION}"
+    # Where its extension does not load (built for another CUDA), xformers refuses all of CUDA by this flag, although
+    # the attention kernels it calls are torch's own, and it has checked that they fit.
+    common._built_with_cuda = common._built_with_cuda or cutlass.FwOp.OPERATOR is not None
+    return ""
+
+
+def _failure(backend: str, device: torch.device, host: Host) -> str:
+    """Return the error of tiny forward and backward passes of a backend on a device; empty where they work."""
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        for dtype, biased in ((torch.float16, False), (torch.float32, True)):  # on CUDA: flash, then CUTLASS
+            q = torch.ones(1, 1, 8, 8, device=device, dtype=dtype, requires_grad=True)
+            bias = q.detach() if biased else None
+            if why_not(backend, q, q, q, bias, host):
+                continue
+            try:
+                _FUNCTIONS[backend](q, q, q, bias, None, 0.0).sum().backward()
+            except Exception as error:
+                return f"a trial call raised {type(error).__name__}: {error}"
+    return ""

@@ -1,0 +1,220 @@
+"""One line of progress for a run, rewritten in place on a terminal and printed now and then elsewhere."""
+
+import math
+import shutil
+import sys
+import time
+from collections import deque
+from typing import Any, TextIO
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.trainer.states import TrainerFn
+
+TERMINAL_SECONDS = 0.2  # between two updates of the line on a terminal
+PLAIN_SECONDS = 10.0  # between two lines anywhere else
+WINDOW = 50  # batches the speed is averaged over
+
+
+class ProgressLine(ProgressBar):
+    """Show `epoch 2/10  step 1430/7800  loss 0.412  lr 9.1e-04  812 img/s  1:43 left`, and each evaluation's metrics.
+
+    Steps are optimizer steps of the whole run; images/s are those of all devices, evaluation excluded;
+    the time left is that of the whole run, with the evaluations to come. Batches are (images, targets).
+
+    Args:
+        stream: where to write; None: standard output.
+    """
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        super().__init__()
+        self._stream = stream
+        self.is_enabled = True
+        self._line = ""  # what stands on the terminal's current line
+        self._shown_at = -math.inf
+        self._window: deque[tuple[float, int]] = deque(maxlen=WINDOW)  # seconds and images of the last batches
+        self._batch_ended_at: float | None = None
+        self._evaluation_began_at = 0.0
+        self._evaluation_seconds: float | None = None
+        self._batches_evaluated = 0
+
+    def enable(self) -> None:
+        self.is_enabled = True
+
+    def disable(self) -> None:
+        self.is_enabled = False
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        """Print without breaking the line."""
+        line = self._line
+        self._erase()
+        print(*args, **{"file": self.stream} | kwargs)
+        if line:
+            self._show(line)
+
+    # Training
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._window.clear()
+        self._batch_ended_at = None
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        now = time.monotonic()
+        if self._batch_ended_at is not None:  # the first batch of a run carries its compilation and warm-up
+            self._window.append((now - self._batch_ended_at, len(batch[0]) * trainer.world_size))
+        self._batch_ended_at = now
+        if trainer.is_last_batch or trainer.global_step == trainer.max_steps or self._is_due(now):
+            self._show(self._train_line(trainer))
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._finish()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._finish()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._finish()
+
+    # Evaluation, within a run or alone
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._evaluation_began_at = time.monotonic()
+        self._batches_evaluated = 0
+
+    def on_validation_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        if trainer.sanity_checking:
+            return
+        self._batches_evaluated += 1
+        if self._is_due(time.monotonic()):
+            batches = sum(trainer.num_test_batches if trainer.testing else trainer.num_val_batches)
+            self._show(_join(_epoch(trainer), f"evaluation {_of(self._batches_evaluated, batches)}"))
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.sanity_checking:
+            return
+        self._evaluation_seconds = time.monotonic() - self._evaluation_began_at
+        if self._batch_ended_at is not None:
+            self._batch_ended_at += self._evaluation_seconds
+        self._show(_join(_epoch(trainer), *_evaluation_metrics(trainer)))
+        self._finish()
+
+    on_test_start = on_validation_start
+    on_test_batch_end = on_validation_batch_end
+    on_test_end = on_validation_end
+
+    # What the line says
+
+    def _train_line(self, trainer: Trainer) -> str:
+        # Reading a metric waits for the device: this is called for lines that are shown, and only for those.
+        metrics = trainer.callback_metrics if self.is_enabled else {}
+        seconds = sum(seconds for seconds, _ in self._window)
+        images = sum(images for _, images in self._window)
+        return _join(
+            _epoch(trainer),
+            f"step {_of(trainer.global_step, _total_steps(trainer))}",
+            f"loss {_number(float(metrics['train/loss']))}" if "train/loss" in metrics else "",
+            f"lr {float(metrics['lr']):.1e}" if "lr" in metrics else "",
+            _speed(images / seconds) if seconds else "",
+            self._time_left(trainer, seconds / len(self._window)) if seconds else "",
+        )
+
+    def _time_left(self, trainer: Trainer, seconds_per_batch: float) -> str:
+        """Return the time the rest of the run takes; nothing where its length is not known."""
+        total_steps = _total_steps(trainer)
+        if math.isinf(total_steps):
+            return ""
+        batches = (total_steps - trainer.global_step) * trainer.accumulate_grad_batches
+        every = trainer.check_val_every_n_epoch if trainer.enable_validation else None
+        evaluations = total_steps // _steps_per_epoch(trainer) // every - trainer.current_epoch // every if every else 0
+        evaluation_seconds = self._evaluation_seconds
+        if evaluation_seconds is None:  # none was timed yet: a forward pass is about a third of a training step
+            evaluation_seconds = sum(trainer.num_val_batches) * seconds_per_batch / 3
+        seconds = batches * seconds_per_batch + max(evaluations, 0) * evaluation_seconds
+        return f"{_duration(seconds)} left" if math.isfinite(seconds) else ""
+
+    # Where it says it
+
+    @property
+    def stream(self) -> TextIO:
+        return self._stream or sys.stdout
+
+    def _is_due(self, now: float) -> bool:
+        return now - self._shown_at >= (TERMINAL_SECONDS if self.stream.isatty() else PLAIN_SECONDS)
+
+    def _show(self, line: str) -> None:
+        """Put `line` in the place of the one shown before, or on a line of its own where there is no terminal."""
+        self._shown_at = time.monotonic()
+        if not self.is_enabled:
+            return
+        if self.stream.isatty():
+            width = shutil.get_terminal_size().columns - 1  # a full line would wrap
+            self.stream.write(f"\r{line[:width]:{width}}")
+            self._line = line
+        else:
+            self.stream.write(f"{line}\n")
+        self.stream.flush()
+
+    def _erase(self) -> None:
+        if self._line:
+            width = shutil.get_terminal_size().columns - 1
+            self.stream.write(f"\r{'':{width}}\r")
+            self._line = ""
+
+    def _finish(self) -> None:
+        """Leave the line that is shown where it is, and begin the next one below."""
+        if self._line:
+            self.stream.write("\n")
+            self.stream.flush()
+            self._line = ""
+
+
+def _steps_per_epoch(trainer: Trainer) -> float:
+    batches = trainer.num_training_batches
+    return math.ceil(batches / trainer.accumulate_grad_batches) if math.isfinite(batches) else math.inf
+
+
+def _total_steps(trainer: Trainer) -> float:
+    total = trainer.estimated_stepping_batches
+    return total if total > 0 else math.inf  # -1: neither the data nor the trainer has an end
+
+
+def _epoch(trainer: Trainer) -> str:
+    """Return `epoch 2/10` within a run, nothing for an evaluation alone."""
+    if trainer.state.fn != TrainerFn.FITTING:
+        return ""
+    steps, steps_per_epoch = _total_steps(trainer), _steps_per_epoch(trainer)
+    bounded = math.isfinite(steps) and math.isfinite(steps_per_epoch)
+    epochs = math.ceil(steps / steps_per_epoch) if bounded else math.inf
+    return f"epoch {_of(trainer.current_epoch + 1, epochs)}"
+
+
+def _evaluation_metrics(trainer: Trainer) -> list[str]:
+    """Return the metrics of the evaluation that just ended: top-k in percent, then the others."""
+    prefix = "test/" if trainer.testing else "val/"
+    found = {k.removeprefix(prefix): float(v) for k, v in trainer.callback_metrics.items() if k.startswith(prefix)}
+    top = [f"{name} {value:.1%}".removesuffix("%") for name, value in found.items() if name.startswith("top")]
+    return top + [f"{name} {_number(value)}" for name, value in found.items() if not name.startswith("top")]
+
+
+def _join(*parts: str) -> str:
+    return "  ".join(filter(None, parts))
+
+
+def _of(count: int, total: float) -> str:
+    return f"{count}/{total:.0f}" if math.isfinite(total) else str(count)
+
+
+def _number(value: float) -> str:
+    return f"{value:.3f}" if abs(value) >= 0.1 else f"{value:.3g}"
+
+
+def _speed(rate: float) -> str:
+    return f"{rate:.0f} img/s" if rate >= 10 else f"{rate:.1f} img/s"
+
+
+def _duration(seconds: float) -> str:
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"

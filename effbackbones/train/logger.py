@@ -1,0 +1,118 @@
+"""metrics.csv: what a run logs, one row per optimizer step, kept when a run is killed and resumed."""
+
+import csv
+import io
+import os
+from argparse import Namespace
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.utilities import rank_zero_only
+
+KEYS = ("epoch", "step")
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """Return the rows of a metrics.csv, each without its empty cells.
+
+    A last line that was cut off while it was being written is left out.
+
+    Raises:
+        ValueError: the file is no metrics.csv, or a cell is not a number.
+    """
+    text = Path(path).read_text(encoding="utf-8")
+    lines = list(csv.reader(io.StringIO(text[: text.rfind("\n") + 1])))
+    if not lines:
+        return []
+    header = lines.pop(0)
+    if tuple(header[:2]) != KEYS:
+        raise ValueError(f"{path}: the header is {header}; expected a metrics.csv, which begins with epoch,step")
+    rows = []
+    for number, cells in enumerate(lines, start=2):
+        try:
+            rows.append({name: float(cell) for name, cell in zip(header, cells, strict=True) if cell})
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}; expected {len(header)} numbers: repair it") from None
+    return rows
+
+
+class MetricsCSV(Logger):
+    """Append what Lightning logs to `<folder>/metrics.csv`.
+
+    Columns: epoch and step, both counted from 1 (step is the number of optimizer steps taken, as in
+    `trainer.global_step`), then the metrics in the order they first came. What is logged at one step
+    is one row. Every row is on disk when `log_metrics` returns, and a file that exists is continued,
+    never deleted. Only rank zero writes.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.path = Path(folder) / "metrics.csv"
+        self._rows = read_metrics(self.path) if self.path.exists() else []
+        self._header: list[str] = []  # of the file as this process wrote it: the first row rewrites what it found
+
+    @property
+    def name(self) -> str:
+        return ""
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    @property
+    def save_dir(self) -> str:
+        return str(self.path.parent)
+
+    @rank_zero_only
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+        """Do nothing: the resolved recipe lies beside metrics.csv."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Write scalars, by name. `step` and the metric "epoch" are Lightning's, which count from 0."""
+        if step is None:
+            raise ValueError(f"MetricsCSV got {list(metrics)} without a step; pass the step they belong to")
+        row = {name: float(value) for name, value in metrics.items()} | {"step": step + 1}
+        if "epoch" in row:
+            row["epoch"] += 1
+        merges = bool(self._rows) and self._rows[-1]["step"] == row["step"]
+        if merges:
+            self._rows[-1].update(row)
+        else:
+            self._rows.append(row)
+        if merges or not row.keys() <= set(self._header):
+            self._rewrite()
+        else:
+            with self.path.open("a", encoding="utf-8", newline="") as file:
+                file.write(_csv_line(_cells(row, self._header)))
+
+    @rank_zero_only
+    def resume_at(self, step: int) -> None:
+        """Drop the rows beyond `step` optimizer steps, which a run resumed from there logs anew."""
+        self._rows = [row for row in self._rows if row["step"] <= step]
+        if self.path.exists():
+            self._rewrite()
+
+    def _rewrite(self) -> None:
+        """Replace the file in one go, so that a kill leaves either the old one or the new one."""
+        self._header = list(dict.fromkeys([*KEYS, *(name for row in self._rows for name in row)]))
+        lines = [self._header, *(_cells(row, self._header) for row in self._rows)]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_name(f".{self.path.name}.tmp")
+        with temporary.open("w", encoding="utf-8", newline="") as file:
+            file.writelines(map(_csv_line, lines))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, self.path)
+
+
+def _cells(row: Mapping[str, float], header: list[str]) -> list[str]:
+    return ["" if name not in row else f"{row[name]:.0f}" if name in KEYS else f"{row[name]:.7g}" for name in header]
+
+
+def _csv_line(cells: list[str]) -> str:
+    line = io.StringIO()
+    csv.writer(line, lineterminator="\n").writerow(cells)
+    return line.getvalue()

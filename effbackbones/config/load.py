@@ -372,7 +372,7 @@ def check(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
         yield ("model.name",), f"expected a registered model, without a weights tag, got {_show(model.name)}{nearest}"
     if owned := [f"{name} ({key} sets it)" for name, key in _OWNED_ARGS.items() if name in model.args]:
         yield ("model.args",), f"does not take {', '.join(owned)}"
-    if optim.name not in (optimizers := timm.optim.list_optimizers()):
+    if optim.name not in (optimizers := [str(name) for name in timm.optim.list_optimizers()]):
         nearest = _nearest(optim.name, optimizers, count=3)
         yield ("optim.name",), f"expected an optimizer of timm, got {_show(optim.name)}{nearest}"
     if optim.betas is not None and not (len(optim.betas) == 2 and all(0 <= beta < 1 for beta in optim.betas)):
@@ -442,16 +442,16 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Load
         raise RecipeError(f"{_show(str(name_or_path))}: {error}") from error
 
     problems = [problem for layer in layers for problem in layer.problems]
+    unread = any(problem.key in ("", "extends") for problem in problems)
     origins = {key: origin for layer in layers for key, origin in layer.origins.items()}
-    if not any(problem.key in ("", "extends") for problem in problems):  # else most of the recipe is missing
-        tree, errors = _replace_references(functools.reduce(_merge, (layer.tree for layer in layers), asdict(Recipe())))
-        recipe = _build(Recipe, tree, {problem.key for problem in problems} | set(errors), errors)
-        problems += [_Problem(origins.get(key, str(path)), key, message) for key, message in errors.items()]
-        broken = tuple(problem.key for problem in problems)
-        for keys, message in check(recipe):
-            if not any(f"{key}.".startswith(f"{each}.") for key in keys for each in broken):
-                blamed = next((key for key in keys if key in origins), None)
-                problems.append(_Problem(origins[blamed] if blamed else str(path), keys[0], message))
+    tree, errors = _replace_references(functools.reduce(_merge, (layer.tree for layer in layers), asdict(Recipe())))
+    recipe = _build(Recipe, tree, {problem.key for problem in problems} | set(errors), errors)
+    problems += [_Problem(origins.get(key, str(path)), key, message) for key, message in errors.items()]
+    broken = tuple(f"{problem.key}." for problem in problems)
+    for keys, message in () if unread else check(recipe):
+        if not any(f"{key}.".startswith(broken) for key in keys):
+            origin = next((origins[key] for key in keys if key in origins), str(path))
+            problems.append(_Problem(origin, keys[0], message))
     if problems:
         raise RecipeError("\n".join(map(str, problems)))
     return LoadedRecipe(recipe, name, path, {key: origins.get(key, DEFAULT) for key, _ in _leaves(asdict(recipe))})

@@ -5,24 +5,25 @@ from pathlib import Path
 
 from timm.data import Mixup
 
-from ..config.schema import AugmentConfig, DataConfig
-from .datamodule import ImageData
-from .datasets import LEFT_OUT, BadImageError, ImageSource
-from .fashion_mnist import FashionMnist
-from .folder import load_folders
-from .synthetic import SyntheticImages
+from effbackbones.config.schema import AugmentConfig, DataConfig
+from effbackbones.data.datamodule import ImageData
+from effbackbones.data.datasets import LEFT_OUT, ImageSource
+from effbackbones.data.errors import BadImageError, DataError
+from effbackbones.data.fashion_mnist import FashionMnist
+from effbackbones.data.folder import load_folders
+from effbackbones.data.synthetic import SyntheticImages
 
-__all__ = ["LEFT_OUT", "BadImageError", "ImageData", "build_data", "build_mixup"]
+__all__ = ["LEFT_OUT", "BadImageError", "DataError", "ImageData", "build_data", "build_mixup"]
 
 
 def build_data(data: DataConfig, augment: AugmentConfig, *, seed: int, overfit: bool = False) -> ImageData:
     """Open the dataset of a recipe. `seed` fixes order and augmentation; `overfit` is that of :class:`ImageData`.
 
-    Raises ValueError or FileNotFoundError where the dataset is absent, damaged or not what the recipe says.
+    Raises DataError where the dataset is absent, damaged or not what the recipe says.
     """
     train, val = _SOURCES[data.source](data, seed)
     if data.num_classes not in (None, len(train.classes)):
-        raise ValueError(
+        raise DataError(
             f"data.num_classes={data.num_classes}, but the {data.source} dataset has {len(train.classes)} classes: "
             "correct it or leave it out"
         )
@@ -49,7 +50,7 @@ def build_mixup(augment: AugmentConfig, num_classes: int) -> Mixup | None:
 
 def _fashion_mnist(data: DataConfig, seed: int) -> tuple[ImageSource, ImageSource]:
     if data.root is None:
-        from ..assets import asset_dir
+        from effbackbones.assets import asset_dir
 
         root = asset_dir("data") / "fashion-mnist"
     else:
@@ -59,13 +60,13 @@ def _fashion_mnist(data: DataConfig, seed: int) -> tuple[ImageSource, ImageSourc
 
 def _folder(data: DataConfig, seed: int) -> tuple[ImageSource, ImageSource]:
     if data.root is None:
-        raise ValueError("data.source=folder needs data.root: the folder that holds train/<class>/ and val/<class>/")
+        raise DataError("data.source=folder needs data.root: the folder that holds train/<class>/ and val/<class>/")
     return load_folders(Path(data.root))
 
 
 def _synthetic(data: DataConfig, seed: int) -> tuple[ImageSource, ImageSource]:
     if data.num_classes is None:
-        raise ValueError("data.source=synthetic needs data.num_classes")
+        raise DataError("data.source=synthetic needs data.num_classes")
     images, size, classes = data.synthetic_images, data.size, data.num_classes
     train, val = (SyntheticImages(images, size, classes, (seed, split)) for split in (0, 1))
     return train, val

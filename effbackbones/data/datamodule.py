@@ -8,10 +8,11 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ..config.schema import AugmentConfig, DataConfig
-from .datasets import BadImages, EvalImages, ImageSource, TrainImages
-from .sampler import EpochBatches
-from .transforms import eval_transform, train_transform
+from effbackbones.config.schema import AugmentConfig, DataConfig
+from effbackbones.data.datasets import BadImages, EvalImages, ImageSource, TrainImages
+from effbackbones.data.errors import DataError
+from effbackbones.data.sampler import EpochBatches
+from effbackbones.data.transforms import eval_transform, train_transform
 
 
 class ImageData(LightningDataModule):
@@ -66,11 +67,11 @@ class ImageData(LightningDataModule):
         return {"batches_per_epoch": self._batches_per_epoch()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Check that counted batches still mean the same position. Raises ValueError where they do not."""
+        """Check that counted batches still mean the same position. Raises DataError where they do not."""
         saved = state_dict["batches_per_epoch"]
         assert self.trainer is not None
         if self.trainer.state.fn == TrainerFn.FITTING and saved != self._batches_per_epoch():
-            raise ValueError(
+            raise DataError(
                 f"the checkpoint comes from a run with {saved} batches per epoch, this one has "
                 f"{self._batches_per_epoch()}, so that it cannot go on where that one was: resume with the same number "
                 "of images, global batch size and trainer.limit_train, or start a new run from its weights"

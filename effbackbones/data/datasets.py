@@ -12,7 +12,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .sampler import Key
+from effbackbones.data.errors import BadImageError
+from effbackbones.data.sampler import Key
 
 log = logging.getLogger(__name__)
 
@@ -20,10 +21,6 @@ LEFT_OUT = -100
 """Target of an evaluation image that could not be read: losses ignore it by default, metrics must too."""
 
 Transform = Callable[[Image.Image], Tensor]
-
-
-class BadImageError(ValueError):
-    """An image that cannot be read; the message names the file and the reason."""
 
 
 class ImageSource(Protocol):

@@ -5,13 +5,14 @@ from pathlib import Path
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
-from .datasets import BadImageError, ImageSource
+from effbackbones.data.datasets import ImageSource
+from effbackbones.data.errors import BadImageError, DataError
 
 
 def load_folders(root: Path) -> tuple[ImageSource, ImageSource]:
     """Find the images of root/train and root/val; classes are numbered in the order of their names.
 
-    Raises FileNotFoundError where a folder is missing or a class is empty, ValueError where the classes differ.
+    Raises DataError where a folder is missing, a class is empty, or the classes of train and val differ.
     """
     train, val = (_load_folder(root / split) for split in ("train", "val"))
     if train.classes != val.classes:
@@ -20,17 +21,17 @@ def load_folders(root: Path) -> tuple[ImageSource, ImageSource]:
             for split, mine, other in (("train", train, val), ("val", val, train))
             if set(mine.classes) - set(other.classes)
         ]
-        raise ValueError(f"{root}: train and val must have the same classes, but {'; '.join(differences)}")
+        raise DataError(f"{root}: train and val must have the same classes, but {'; '.join(differences)}")
     return train, val
 
 
 def _load_folder(folder: Path) -> ImageFolder:
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder; data.root must hold train/<class>/ and val/<class>/")
+        raise DataError(f"{folder}: no such folder; data.root must hold train/<class>/ and val/<class>/")
     try:
         return ImageFolder(str(folder), loader=load_image)
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{folder}: {error} Every class needs images: fill or remove the folder") from error
+        raise DataError(f"{folder}: {error} Every class needs images: fill or remove the folder") from error
 
 
 def load_image(path: str) -> Image.Image:

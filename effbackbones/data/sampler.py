@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
+from effbackbones.data.errors import DataError
+
 Key = tuple[int, int]
 """Index of an image and the seed of its augmentation."""
 
@@ -32,7 +34,7 @@ class EpochBatches(Sampler[list[Key]]):
         repeats: how often an image stands in a row; the epoch keeps its length and has fewer different images.
         overfit: every batch is the first one of epoch 0.
 
-    Raises ValueError where the dataset is smaller than one global batch.
+    Raises DataError where the dataset is smaller than one global batch.
     """
 
     def __init__(
@@ -48,7 +50,7 @@ class EpochBatches(Sampler[list[Key]]):
         overfit: bool = False,
     ) -> None:
         if images < batch_size * world:
-            raise ValueError(
+            raise DataError(
                 f"the training set has {images} images, fewer than one global batch of {batch_size * world} "
                 f"(data.batch_size={batch_size} on {world} devices): choose a smaller batch size"
             )

@@ -4,14 +4,15 @@ from PIL import Image
 from timm.data import create_transform
 from torchvision.transforms import Compose
 
-from ..config.schema import AugmentConfig, DataConfig
-from .datasets import Transform
+from effbackbones.config.schema import AugmentConfig, DataConfig
+from effbackbones.data.datasets import Transform
+from effbackbones.data.errors import DataError
 
 
 def train_transform(data: DataConfig, augment: AugmentConfig) -> Transform:
     """Return the augmentation of a recipe: RGB image of any size to float32 (3, data.size, data.size).
 
-    Raises ValueError where timm does not know augment.policy.
+    Raises DataError where timm does not know augment.policy.
     """
     try:
         return create_transform(
@@ -30,7 +31,7 @@ def train_transform(data: DataConfig, augment: AugmentConfig) -> Transform:
             re_count=1,
         )
     except AssertionError as error:
-        raise ValueError(
+        raise DataError(
             f"augment.policy={augment.policy!r} is no policy of timm ({error}): write one like rand-m9-mstd0.5-inc1, "
             "augmix-m3-w3 or original, or null"
         ) from error

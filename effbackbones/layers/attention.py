@@ -102,8 +102,8 @@ def why_not(
 ) -> list[str]:
     """Return every reason why a backend cannot serve an eager call of `attend`; empty where it can.
 
-    Only shapes and dtypes are read (autocast counted in), so meta tensors will do. Strides and the alignment of the
-    bias are no reason: `attend` copies what xformers would refuse. host: that of q's device where None.
+    Only shapes and dtypes are read (autocast counted in): strides and the alignment of the bias are no reason, since
+    `attend` copies what xformers would refuse. host: what another device offers; that of q where None.
     """
     if backend != "xformers":
         return []
@@ -221,7 +221,9 @@ def _autocast_dtype(x: Tensor) -> torch.dtype:
 
 def _is_aligned(x: Tensor, step: int) -> bool:
     *strides, last = x.stride()
-    return last == 1 and x.storage_offset() % step == 0 and all(stride % step == 0 for stride in strides)
+    # A storage offset cannot be traced; compiled attention has no need of it.
+    offset = 0 if torch.compiler.is_compiling() else x.storage_offset()
+    return last == 1 and all(stride % step == 0 for stride in (offset, *strides))
 
 
 # ---- what this machine offers

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import os
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +9,8 @@ from typing import Any
 
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
+
+from effbackbones.files import replacing
 
 KEYS = ("epoch", "step")
 
@@ -100,12 +101,8 @@ class MetricsCSV(Logger):
         self._header = list(dict.fromkeys([*KEYS, *(name for row in self._rows for name in row)]))
         lines = [self._header, *(_cells(row, self._header) for row in self._rows)]
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_name(f".{self.path.name}.tmp")
-        with temporary.open("w", encoding="utf-8", newline="") as file:
-            file.writelines(map(_csv_line, lines))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self.path)
+        with replacing(self.path) as part:
+            part.write_text("".join(map(_csv_line, lines)), encoding="utf-8", newline="")
 
 
 def _cells(row: Mapping[str, float], header: list[str]) -> list[str]:

@@ -1,7 +1,6 @@
 """Curves of a training run, drawn from its metrics.csv."""
 
 import math
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
+from effbackbones.files import replacing
 from effbackbones.train.logger import read_metrics
 
 BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#8a8a8a"
@@ -63,21 +63,17 @@ def save_figure(figure: Figure, out: Path) -> None:
     """Write a figure in one go, so that nobody meets a half-written picture."""
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.tmp")
-    try:
-        figure.savefig(temporary, format=out.suffix.removeprefix(".") or "png")
-        os.replace(temporary, out)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(out) as part:
+        figure.savefig(part, format=out.suffix.removeprefix(".") or "png")
 
 
 def _steps_per_epoch(rows: list[dict[str, float]]) -> float | None:
     """Return the length of an epoch; None while the first one has not come to its evaluation."""
     evaluated = any("val/loss" in row or "val/top1" in row for row in rows)
     epochs = [(row["epoch"], row["step"]) for row in rows if "epoch" in row]
-    if not evaluated and not any(epoch > 1 for epoch, _ in epochs):
-        return None
-    return max(step / epoch for epoch, step in epochs)
+    if evaluated or any(epoch > 1 for epoch, _ in epochs):
+        return max((step / epoch for epoch, step in epochs), default=None)
+    return None
 
 
 def _draw_loss(axes: Axes, curve: Curve) -> None:
@@ -101,7 +97,9 @@ def _draw_top1(axes: Axes, curve: Curve) -> None:
             percent, best = 100 * y, y.argmax()
             label = f"{label}: best {percent[best]:.2f} %"
             axes.plot(x, percent, color=color, linewidth=1.6, marker=_marker(x), markersize=4, label=label)
-            axes.plot(x[best], percent[best], "o", color=color, markersize=8, markerfacecolor="white", markeredgewidth=1.8)
+            axes.plot(
+                x[best], percent[best], "o", color=color, markersize=8, markerfacecolor="white", markeredgewidth=1.8
+            )
     axes.set_ylabel("top-1 accuracy (%)")
     axes.legend(frameon=False)
 

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.textpath import TextPath
+from matplotlib.text import Text
 from torch import Tensor
 
 from effbackbones.viz.curves import INK, save_figure
@@ -28,7 +29,7 @@ def draw_predictions(
     mean: Sequence[float],
     std: Sequence[float],
 ) -> None:
-    """Draw up to 32 images, each with the predicted class and its probability: green if right, red with the truth if not.
+    """Draw up to 32 images with the predicted class and its probability: green if right, red with the truth if wrong.
 
     Args:
         images_bchw: model inputs of 1 or 3 channels, normalised with `mean` and `std` (0 to 1 scale, per channel).
@@ -40,9 +41,9 @@ def draw_predictions(
     Raises:
         ValueError: the shapes do not belong together.
     """
-    batch, channels, height, width = images_bchw.shape
-    if batch == 0 or channels not in (1, 3):
+    if images_bchw.ndim != 4 or len(images_bchw) == 0 or images_bchw.shape[1] not in (1, 3):
         raise ValueError(f"images of shape {tuple(images_bchw.shape)}; expected (B, 1 or 3, H, W) with B of at least 1")
+    batch, channels, height, width = images_bchw.shape
     if not len(mean) == len(std) == channels:
         raise ValueError(f"mean {list(mean)} and std {list(std)}; expected a value for each of {channels} channels")
     if probs_bk.shape != (batch, len(classes)):
@@ -61,6 +62,7 @@ def draw_predictions(
     cell_height = image_height + LINE * (1 if targets_b is None else 2) + GAP
     figure_width, figure_height = GAP + columns * cell_width, GAP + rows * cell_height
     figure = Figure(figsize=(figure_width, figure_height), dpi=DPI)
+    FigureCanvasAgg(figure)  # measures text: without a canvas of its own, the figure makes one for each text
     for index in range(count):
         row, column = divmod(index, columns)
         left = GAP + column * cell_width
@@ -68,27 +70,28 @@ def draw_predictions(
         box = (left / figure_width, bottom / figure_height, WIDTH / figure_width, image_height / figure_height)
         axes = figure.add_axes(box, xticks=[], yticks=[])
         # "antialiased" keeps the pixels of a small image and smooths a large one.
-        image_hwc = images_bchw[index].permute(1, 2, 0)
+        image_hwc = images_bchw[index].permute(1, 2, 0).numpy()
         axes.imshow(image_hwc, cmap="gray", vmin=0, vmax=1, interpolation="antialiased", aspect="auto")
 
         predicted = int(probs_bk[index].argmax())
         truth = predicted if targets_b is None else int(targets_b[index])
         color = WRONG if truth != predicted else INK if targets_b is None else RIGHT
         axes.spines[:].set(color=color, linewidth=1.5)
-        lines = [(_fit("", classes[predicted], f" {probs_bk[index, predicted]:.0%}"), color)]
+        lines = [("", classes[predicted], f" {probs_bk[index, predicted]:.0%}", color)]
         if truth != predicted:
-            lines.append((_fit("true: ", classes[truth], ""), INK))
-        for number, (line, ink) in enumerate(lines):
+            lines.append(("true: ", classes[truth], "", INK))
+        for number, (before, name, after, ink) in enumerate(lines):
             y = bottom - 0.05 - number * LINE
-            style = {"size": FONT, "color": ink, "va": "top", "parse_math": False}
-            figure.text(left, y, line, transform=figure.dpi_scale_trans, **style)
+            text = figure.text(left, y, "", size=FONT, color=ink, va="top", transform=figure.dpi_scale_trans)
+            text.set_parse_math(False)
+            _fill(text, before, name, after)
     save_figure(figure, out)
 
 
-def _fit(before: str, name: str, after: str) -> str:
-    """Return the three in one line, the name shortened where it would not fit below its image."""
-    text, kept = before + name + after, len(name)
-    while kept and TextPath((0, 0), text, size=FONT).get_extents().width > 0.95 * WIDTH * 72:
+def _fill(text: Text, before: str, name: str, after: str) -> None:
+    """Put the three into a line of text, the name shortened where it would be wider than its image."""
+    text.set_text(before + name + after)
+    kept = min(len(name), 60)  # more would not fit even of the narrowest letters
+    while kept and text.get_window_extent().width > WIDTH * DPI:
         kept -= 1
-        text = f"{before}{name[:kept].rstrip()}…{after}"
-    return text
+        text.set_text(f"{before}{name[:kept].rstrip()}…{after}")

@@ -11,6 +11,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.trainer.states import TrainerFn
 
+from effbackbones.train.callbacks.stop import total_steps
+
 TERMINAL_SECONDS = 0.2  # between two updates of the line on a terminal
 PLAIN_SECONDS = 10.0  # between two lines anywhere else
 WINDOW = 50  # batches the speed is averaged over
@@ -65,7 +67,7 @@ class ProgressLine(ProgressBar):
         if self._batch_ended_at is not None:  # the first batch of a run carries its compilation and warm-up
             self._window.append((now - self._batch_ended_at, len(batch[0]) * trainer.world_size))
         self._batch_ended_at = now
-        if trainer.is_last_batch or trainer.global_step == trainer.max_steps or self._is_due(now):
+        if trainer.is_last_batch or self._is_due(now) or trainer.global_step >= total_steps(trainer):
             self._show(self._train_line(trainer))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -113,7 +115,7 @@ class ProgressLine(ProgressBar):
         images = sum(images for _, images in self._window)
         return _join(
             _epoch(trainer),
-            f"step {_of(trainer.global_step, _total_steps(trainer))}",
+            f"step {_of(trainer.global_step, total_steps(trainer))}",
             f"loss {_number(float(metrics['train/loss']))}" if "train/loss" in metrics else "",
             f"lr {float(metrics['lr']):.1e}" if "lr" in metrics else "",
             _speed(images / seconds) if seconds else "",
@@ -122,12 +124,13 @@ class ProgressLine(ProgressBar):
 
     def _time_left(self, trainer: Trainer, seconds_per_batch: float) -> str:
         """Return the time the rest of the run takes; nothing where its length is not known."""
-        total_steps = _total_steps(trainer)
-        if math.isinf(total_steps):
+        steps_in_all = total_steps(trainer)
+        if math.isinf(steps_in_all):
             return ""
-        batches = (total_steps - trainer.global_step) * trainer.accumulate_grad_batches
+        batches = (steps_in_all - trainer.global_step) * trainer.accumulate_grad_batches
         every = trainer.check_val_every_n_epoch if trainer.enable_validation else None
-        evaluations = total_steps // _steps_per_epoch(trainer) // every - trainer.current_epoch // every if every else 0
+        epochs = steps_in_all // _steps_per_epoch(trainer)
+        evaluations = epochs // every - trainer.current_epoch // every if every else 0
         evaluation_seconds = self._evaluation_seconds
         if evaluation_seconds is None:  # none was timed yet: a forward pass is about a third of a training step
             evaluation_seconds = sum(trainer.num_val_batches) * seconds_per_batch / 3
@@ -175,16 +178,11 @@ def _steps_per_epoch(trainer: Trainer) -> float:
     return math.ceil(batches / trainer.accumulate_grad_batches) if math.isfinite(batches) else math.inf
 
 
-def _total_steps(trainer: Trainer) -> float:
-    total = trainer.estimated_stepping_batches
-    return total if total > 0 else math.inf  # -1: neither the data nor the trainer has an end
-
-
 def _epoch(trainer: Trainer) -> str:
     """Return `epoch 2/10` within a run, nothing for an evaluation alone."""
     if trainer.state.fn != TrainerFn.FITTING:
         return ""
-    steps, steps_per_epoch = _total_steps(trainer), _steps_per_epoch(trainer)
+    steps, steps_per_epoch = total_steps(trainer), _steps_per_epoch(trainer)
     bounded = math.isfinite(steps) and math.isfinite(steps_per_epoch)
     epochs = math.ceil(steps / steps_per_epoch) if bounded else math.inf
     return f"epoch {_of(trainer.current_epoch + 1, epochs)}"

@@ -1,0 +1,190 @@
+"""The command `effb`."""
+
+import argparse
+import fnmatch
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+EXAMPLES = {
+    "ls": """
+  effb ls                             models with parameters, GMACs and published accuracy, then recipes
+  effb ls models 'uniformer_small*'   models of that name
+  effb ls recipes                     recipes""",
+    "show": """
+  effb show quickstart                             every key, its value and where it comes from
+  effb show in1k/uniformer_small optim.lr=5e-4     the same with an override""",
+    "train": """
+  effb train quickstart                                        the images that ship with the repository, minutes on CPU
+  effb train in1k/uniformer_small data.root=/data/imagenet     8 GPUs, as published
+  effb train quickstart trainer.epochs=2 run.dir=runs/short    any key of `effb show` can be set
+  effb train runs/quickstart                                   go on where that run stopped""",
+    "eval": """
+  effb eval runs/quickstart                                    the best checkpoint of a run
+  effb eval in1k/uniformer_small model.checkpoint=uniformer_small_in1k.pth data.root=/data/imagenet""",
+    "predict": """
+  effb predict shoe.png --run runs/quickstart                  top-5 classes by a run's best checkpoint
+  effb predict *.jpg --model uniformer_small --checkpoint uniformer_small_in1k.pth""",
+    "doctor": """
+  effb doctor                         versions, devices, which attention backends work here and why others do not""",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `effb`; return the exit code: 0, 1 where a problem was found, 2 where the input was bad."""
+    args = _parser().parse_args(argv)
+    try:
+        return COMMANDS[args.command](args)
+    except _input_errors() as error:
+        print(f"effb {args.command}: {error}", file=sys.stderr)
+        return 2
+
+
+def _input_errors() -> tuple[type[Exception], ...]:
+    from effbackbones.checkpoint import CheckpointError
+    from effbackbones.config import RecipeError
+    from effbackbones.data import DataError
+    from effbackbones.train.callbacks.finite import NonFiniteError
+
+    return RecipeError, CheckpointError, DataError, NonFiniteError
+
+
+def _parser() -> argparse.ArgumentParser:
+    from effbackbones import __version__
+
+    parser = argparse.ArgumentParser("effb", description="Efficient vision backbones: list, train, evaluate, predict.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, text: str) -> argparse.ArgumentParser:
+        return commands.add_parser(
+            name,
+            help=text,
+            description=text,
+            epilog=f"examples:{EXAMPLES[name]}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+
+    overrides: dict[str, Any] = {"nargs": "*", "metavar": "KEY=VALUE", "help": "overrides, such as optim.lr=5e-4"}
+    ls = command("ls", "list models and recipes")
+    ls.add_argument("what", nargs="?", choices=["all", "models", "recipes"], default="all", help="default: all")
+    ls.add_argument("pattern", nargs="?", default="*", help="names to list, such as '*small*'")
+    show = command("show", "show a recipe with the origin of every value")
+    show.add_argument("recipe", help="name or path of a recipe, or a run folder")
+    show.add_argument("overrides", **overrides)
+    train = command("train", "train a recipe, or go on with a run")
+    train.add_argument("recipe", help="name or path of a recipe, or a run folder")
+    train.add_argument("overrides", **overrides)
+    evaluate = command("eval", "evaluate a run or a checkpoint")
+    evaluate.add_argument("target", help="run folder, or name or path of a recipe")
+    evaluate.add_argument("overrides", **overrides)
+    predict = command("predict", "name what images show")
+    predict.add_argument("images", nargs="+", metavar="IMAGE", help="image files")
+    source = predict.add_mutually_exclusive_group(required=True)
+    source.add_argument("--run", help="run folder")
+    source.add_argument("--model", help="registered model, with --checkpoint")
+    predict.add_argument("--checkpoint", help="ImageNet-1K weights of --model")
+    command("doctor", "report versions, devices and attention backends")
+    return parser
+
+
+def ls(args: argparse.Namespace) -> int:
+    from effbackbones.assets import list_recipes
+    from effbackbones.models._zoo import ZOO
+
+    console = Console()
+    if args.what != "recipes":
+        table = _table("Model", "Size", "Parameters", "GMACs", "Top-1", "Source", "Note")
+        for row in ZOO:
+            if fnmatch.fnmatch(row.model, args.pattern):
+                top1 = "-" if row.top1 is None else f"{row.top1:.1f}"
+                parameters = f"{row.params / 1e6:.1f} M"
+                table.add_row(row.model, str(row.size), parameters, f"{row.gmacs:.2f}", top1, row.source, row.note)
+        console.print(table)
+    if args.what != "models":
+        table = _table("Recipe", "File")
+        for name, path in list_recipes().items():
+            if fnmatch.fnmatch(name, args.pattern):
+                table.add_row(name, str(path))
+        console.print(table)
+    return 0
+
+
+def show(args: argparse.Namespace) -> int:
+    from effbackbones.config import explain
+    from effbackbones.train.run import load_target
+
+    table = _table("Key", "Value", "Origin", "Meaning")
+    for key, value, origin, meaning in explain(load_target(args.recipe, args.overrides)):
+        table.add_row(key, str(value), origin, meaning)
+    Console().print(table)
+    return 0
+
+
+def train(args: argparse.Namespace) -> int:
+    from effbackbones.train.run import load_target
+    from effbackbones.train.run import train as run_training
+
+    run_training(load_target(args.recipe, args.overrides))
+    return 0
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    from effbackbones.train.run import evaluate as run_evaluation
+
+    metrics = run_evaluation(args.target, args.overrides)
+    print(f"top1 {100 * metrics['top1']:.2f}%  top5 {100 * metrics['top5']:.2f}%  loss {metrics['loss']:.4f}")
+    return 0
+
+
+def predict(args: argparse.Namespace) -> int:
+    from effbackbones.config import RecipeError
+    from effbackbones.predict import Predictor
+
+    if args.model and not args.checkpoint:
+        raise RecipeError("--model needs --checkpoint: the file with its ImageNet-1K weights")
+    predictor = Predictor.from_run(args.run) if args.run else Predictor.from_model(args.model, args.checkpoint)
+    for path, classes in zip(args.images, predictor(args.images), strict=True):
+        print(path)
+        for name, probability in classes:
+            print(f"  {100 * probability:5.1f}%  {name}")
+    return 0
+
+
+def doctor(args: argparse.Namespace) -> int:
+    from effbackbones.doctor import report
+
+    console = Console()
+    findings = report()
+    for section, items in findings.items():
+        if items:
+            console.print(Text(section, style="bold"))
+            for name, text in items.items():
+                console.print(f"  {name:22} {text}", markup=False, highlight=False)
+    return 1 if findings["Problems"] else 0
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        numeric = column in ("Size", "Parameters", "GMACs", "Top-1")
+        table.add_column(column, justify="right" if numeric else "left", no_wrap=column in ("Model", "Recipe", "Key"))
+    return table
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "ls": ls,
+    "show": show,
+    "train": train,
+    "eval": evaluate,
+    "predict": predict,
+    "doctor": doctor,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

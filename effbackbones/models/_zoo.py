@@ -1,0 +1,59 @@
+"""Published figures: the one table that `effb ls`, the README and the tests read."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Published:
+    """One row: a model at one image size.
+
+    Attributes:
+        model: Registered name.
+        size: Side of the image, pixels.
+        params: Parameters of the model as it trains and classifies, exact.
+        gmacs: Multiply-adds of one image in 1e9: convolutions, linear layers and attention products, our count.
+        top1: Published ImageNet-1K top-1 accuracy, percent; None where none was published.
+        source: Where top1 is published.
+        note: What to know about the row.
+    """
+
+    model: str
+    size: int
+    params: int
+    gmacs: float
+    top1: float | None
+    source: str
+    note: str = ""
+
+
+_UNIFORMER = "arXiv 2201.09450, Sense-X/UniFormer README"
+_TL = "trained by token labelling"
+
+ZOO: tuple[Published, ...] = (
+    Published("uniformer_xxs", 128, 10_215_280, 0.42, 76.8, _UNIFORMER),
+    Published("uniformer_xxs", 160, 10_215_280, 0.66, 79.1, _UNIFORMER),
+    Published("uniformer_xxs", 192, 10_215_280, 0.95, 79.9, _UNIFORMER),
+    Published("uniformer_xxs", 224, 10_215_280, 1.30, 80.6, _UNIFORMER),
+    Published("uniformer_xs", 192, 16_509_264, 1.42, 81.5, _UNIFORMER),
+    Published("uniformer_xs", 224, 16_509_264, 1.93, 82.0, _UNIFORMER),
+    Published("uniformer_small", 224, 21_545_256, 3.63, 82.9, _UNIFORMER),
+    Published("uniformer_small_plus", 224, 24_032_552, 4.20, 83.4, _UNIFORMER, "heads of 32"),
+    Published("uniformer_small_plus_dim64", 224, 24_032_552, 4.20, 83.4, _UNIFORMER, "heads of 64"),
+    Published("uniformer_base", 224, 49_776_552, 8.25, 83.8, _UNIFORMER),
+    Published("uniformer_base_ls", 224, 49_796_520, 8.25, 83.9, _UNIFORMER, "layer scale"),
+    Published("uniformer_small_tl", 224, 22_058_256, 3.66, 83.4, _UNIFORMER, f"{_TL}, heads of 32"),
+    Published("uniformer_small_tl", 384, 22_058_256, 11.91, 84.6, _UNIFORMER, f"{_TL}, heads of 32"),
+    Published("uniformer_small_dim64_tl", 224, 22_058_256, 3.66, 83.4, _UNIFORMER, f"{_TL}, heads of 64"),
+    Published("uniformer_small_plus_tl", 224, 24_545_552, 4.23, 83.9, _UNIFORMER, f"{_TL}, heads of 32"),
+    Published("uniformer_small_plus_tl", 384, 24_545_552, 13.72, 84.9, _UNIFORMER, f"{_TL}, heads of 32"),
+    Published("uniformer_small_plus_dim64_tl", 224, 24_545_552, 4.23, 83.6, _UNIFORMER, f"{_TL}, heads of 64"),
+    Published("uniformer_base_tl", 224, 50_289_552, 8.27, 85.1, _UNIFORMER, f"{_TL}, heads of 32"),
+    Published("uniformer_base_tl", 384, 50_289_552, 27.21, 86.0, _UNIFORMER, f"{_TL}, heads of 32"),
+    Published("uniformer_base_dim64_tl", 224, 50_289_552, 8.27, 84.8, _UNIFORMER, f"{_TL}, heads of 64"),
+    Published(
+        "uniformer_large_ls_tl", 224, 100_103_888, 19.71, 85.6, _UNIFORMER, f"{_TL}, layer scale; 12.6 GFLOPs published"
+    ),
+    Published(
+        "uniformer_large_ls_tl", 384, 100_103_888, 62.76, 86.3, _UNIFORMER, f"{_TL}, layer scale; 39.2 GFLOPs published"
+    ),
+)

@@ -1,0 +1,81 @@
+"""Prediction: the most probable classes of image files."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.data import ImageNetInfo
+from torch import nn
+
+from effbackbones.checkpoint import load_weights, read_checkpoint, run_checkpoint
+from effbackbones.config.schema import DataConfig
+from effbackbones.data.datasets import Transform
+from effbackbones.data.folder import load_image
+from effbackbones.data.transforms import eval_transform
+from effbackbones.train.classification import build_model
+from effbackbones.train.run import load_target
+
+
+@dataclass
+class Predictor:
+    """A classifier, with what it needs to read image files and to name what it sees.
+
+    Attributes:
+        model: Images (B, 3, size, size) to logits (B, K).
+        transform: PIL image to (3, size, size).
+        classes: Names of the K classes.
+    """
+
+    model: nn.Module
+    transform: Transform
+    classes: Sequence[str]
+
+    @classmethod
+    def from_run(cls, folder: str | Path) -> "Predictor":
+        """Open the best checkpoint of a run folder.
+
+        Raises:
+            CheckpointError: The folder holds no run with a checkpoint, or the checkpoint cannot be read.
+        """
+        recipe = load_target(str(folder)).recipe
+        path = run_checkpoint(folder)
+        classes = read_checkpoint(path)["classes"]
+        model = build_model(recipe, len(classes))
+        load_weights(model, path, ema=recipe.trainer.monitor == "top1_ema")
+        return cls(model, eval_transform(recipe.data), classes)
+
+    @classmethod
+    def from_model(cls, name: str, checkpoint: str | Path) -> "Predictor":
+        """Open an ImageNet-1K checkpoint of a registered model, with the evaluation transform it is published with.
+
+        Raises:
+            CheckpointError: The checkpoint cannot be read or does not fit.
+        """
+        model: Any = timm.create_model(name)
+        load_weights(model, checkpoint)
+        cfg = timm.data.resolve_model_data_config(model)
+        data = DataConfig(
+            size=cfg["input_size"][-1],
+            mean=list(cfg["mean"]),
+            std=list(cfg["std"]),
+            crop_pct=cfg["crop_pct"],
+            interpolation=cfg["interpolation"],
+        )
+        names = ImageNetInfo()
+        return cls(model, eval_transform(data), [names.index_to_description(i) for i in range(model.num_classes)])
+
+    @torch.inference_mode()
+    def __call__(self, paths: Sequence[str | Path], top: int = 5) -> Iterator[list[tuple[str, float]]]:
+        """Yield the `top` most probable classes of each image file, as (name, probability), the best first.
+
+        Raises:
+            BadImageError: A file cannot be read as an image.
+        """
+        self.model.eval()
+        for path in paths:
+            logits_k = self.model(self.transform(load_image(str(path))).unsqueeze(0))[0]
+            probs, indices = logits_k.softmax(-1).topk(min(top, len(self.classes)))
+            yield [(self.classes[i], p) for i, p in zip(indices.tolist(), probs.tolist(), strict=True)]

@@ -1,0 +1,95 @@
+"""The guard between the gradients and the weights."""
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+
+
+class NonFiniteError(FloatingPointError):
+    """A training step has a loss or a gradient that is not finite; it did not reach the weights."""
+
+
+class FiniteGuard(Callback):
+    """Stops the run before a step whose loss or gradient is not finite reaches the weights, on all ranks together.
+
+    In fp16, the gradient scaler leaves out steps whose scaled gradient overflows and lowers its scale; that is normal,
+    and the guard lets up to `max_skipped` of them pass in a row.
+
+    Args:
+        max_skipped: Steps in a row that fp16's scaler may leave out.
+    """
+
+    def __init__(self, max_skipped: int = 25):
+        self.max_skipped = max_skipped
+        self._skipped = 0
+        self._loss: Tensor | None = None
+        self._batch: object = None
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
+        self._batch = batch
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        # Summed over accumulated batches: one that is not finite stays visible.
+        self._loss = loss.detach() if self._loss is None else self._loss + loss.detach()
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Raises NonFiniteError, naming rank, step and the first module with a bad value."""
+        assert self._loss is not None
+        loss, self._loss = self._loss.float(), None
+        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        largest = torch.nn.utils.get_total_norm(grads, norm_type=float("inf"))
+        bad = torch.stack([~torch.isfinite(loss), ~torch.isfinite(largest.to(loss.device))]).float()
+        if trainer.world_size > 1:
+            torch.distributed.all_reduce(bad, op=torch.distributed.ReduceOp.MAX)
+        bad_loss, bad_grad = bad.bool().tolist()
+        if not bad_loss and not bad_grad:
+            self._skipped = 0
+            return
+        if getattr(trainer.precision_plugin, "scaler", None) is not None and not bad_loss:
+            self._skipped += 1
+            if self._skipped <= self.max_skipped:
+                return
+        what = f"the loss is {loss.item()}" if bad_loss else "the loss is finite, the gradient is not"
+        raise NonFiniteError(
+            f"rank {trainer.global_rank}, step {trainer.global_step}, epoch {trainer.current_epoch}: {what}.\n"
+            f"First bad value: {self._first_bad(pl_module)}.\n"
+            "The step did not reach the weights; the last checkpoint holds those of an earlier step. What helps most: "
+            "a lower optim.lr or a longer schedule.warmup_epochs, optim.clip_grad=1, trainer.precision=bf16 or 32."
+        )
+
+    def _first_bad(self, pl_module: LightningModule) -> str:
+        for name, parameter in pl_module.named_parameters():
+            if not parameter.isfinite().all():
+                return f"the weight {name}"
+        tensors = self._batch if isinstance(self._batch, (list, tuple)) else [self._batch]
+        if any(isinstance(t, Tensor) and t.is_floating_point() and not t.isfinite().all() for t in tensors):
+            return "the input batch"
+        found: list[str] = []
+        hooks = [
+            module.register_forward_hook(_recorder(name or type(module).__name__, found))
+            for name, module in pl_module.named_modules()
+        ]
+        try:
+            with torch.no_grad(), pl_module.trainer.precision_plugin.forward_context():
+                pl_module.step_loss(self._batch)  # type: ignore[operator]
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if found:
+            return f"the output of {found[0]}"
+        # The backward pass goes from the last module to the first.
+        for name, parameter in reversed(list(pl_module.named_parameters())):
+            if parameter.grad is not None and not parameter.grad.isfinite().all():
+                return f"the gradient of {name}"
+        return "not on this rank: see the message of another"
+
+
+def _recorder(name: str, found: list[str]):  # type: ignore[no-untyped-def]
+    def hook(module: nn.Module, args: object, output: object) -> None:
+        outputs = output if isinstance(output, (list, tuple)) else [output]
+        if any(isinstance(t, Tensor) and t.is_floating_point() and not t.isfinite().all() for t in outputs):
+            found.append(name)
+
+    return hook

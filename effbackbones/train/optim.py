@@ -1,0 +1,54 @@
+"""The optimizer and the learning-rate schedule of a recipe, both timm's."""
+
+from typing import Any
+
+import torch
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
+from torch import nn
+
+from effbackbones.config.schema import OptimConfig, ScheduleConfig
+
+
+def scaled_lr(optim: OptimConfig, global_batch: int) -> float:
+    """Return the peak learning rate at a global batch: `lr`, scaled linearly where `lr_batch` says what it is for."""
+    return optim.lr if optim.lr_batch is None else optim.lr * global_batch / optim.lr_batch
+
+
+def build_optimizer(model: nn.Module, optim: OptimConfig, global_batch: int) -> torch.optim.Optimizer:
+    """Return the optimizer of a model's parameters, grouped by weight decay and, with `layer_decay`, by layer."""
+    options: dict[str, Any] = {"betas": optim.betas, "eps": optim.eps, "momentum": optim.momentum}
+    return create_optimizer_v2(
+        model,
+        optim.name,
+        lr=scaled_lr(optim, global_batch),
+        weight_decay=optim.weight_decay,
+        layer_decay=optim.layer_decay,
+        **{name: value for name, value in options.items() if value is not None},
+    )
+
+
+def build_schedule(
+    optimizer: torch.optim.Optimizer, schedule: ScheduleConfig, steps: int, steps_per_epoch: int
+) -> Scheduler:
+    """Return the schedule of `steps` optimizer steps; `step_update(n)` of it sets the rate of step n, from 0 on."""
+    epochs: Any = steps / steps_per_epoch
+    warmup: Any = schedule.warmup_epochs
+    options: dict[str, Any] = {}
+    if schedule.name == "poly":
+        options["decay_rate"] = 1.0  # timm's name of the power
+    elif schedule.name == "step":
+        options.update(decay_rate=schedule.decay_rate, decay_epochs=schedule.decay_epochs)
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        schedule.name,
+        num_epochs=epochs,
+        warmup_epochs=warmup,
+        warmup_lr=schedule.warmup_lr,
+        min_lr=schedule.min_lr,
+        step_on_epochs=False,
+        updates_per_epoch=steps_per_epoch,
+        **options,
+    )
+    return scheduler

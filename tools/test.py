@@ -1,0 +1,8 @@
+"""Evaluate from a clone or under torchrun: `torchrun --nproc-per-node 8 tools/test.py runs/in1k/uniformer_small`."""
+
+import sys
+
+from effbackbones.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["eval", *sys.argv[1:]]))

@@ -1,0 +1,8 @@
+"""Train from a clone or under torchrun: `torchrun --nproc-per-node 8 tools/train.py in1k/uniformer_small`."""
+
+import sys
+
+from effbackbones.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["train", *sys.argv[1:]]))

@@ -5,7 +5,9 @@ written to a temporary file beside its place, flushed to the disk and renamed: a
 one, never a half.
 """
 
-import pickle
+import argparse
+import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,9 +15,8 @@ from typing import Any
 import safetensors.torch
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-from safetensors import SafetensorError
 from timm.models import load_pretrained
-from torch import Tensor, nn
+from torch import Tensor
 
 from effbackbones.files import replacing
 
@@ -27,6 +28,8 @@ class CheckpointError(ValueError):
 def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
     """Return what the weight file `path` holds: a mapping of names to tensors or of a training tool's entries.
 
+    A safetensors file has no checksums: damage within its numbers goes unnoticed.
+
     Raises:
         CheckpointError: The file is missing, damaged, or holds objects other than tensors and plain types.
     """
@@ -36,20 +39,33 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, An
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
-        content = torch.load(path, map_location=map_location, weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path}: holds objects that are not weights or plain types, and is not read, as they could run code. "
-            f"Save its state dict alone where the file comes from. Details: {str(error).splitlines()[0]}"
-        ) from error
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(
-            f"{path}: not a readable weight file, probably damaged or incomplete: {reason}"
-        ) from error
+        _check_sums(path)
+        # timm's and the official training scripts keep their arguments beside the weights.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location=map_location, weights_only=True)
+    except Exception as error:  # a damaged file can fail anywhere in the readers
+        if foreign := re.search(r"GLOBAL (\S+)", str(error)):
+            raise CheckpointError(
+                f"{path}: holds {foreign[1]}, which is neither weights nor a plain type, and is not read, as it could "
+                "run code. Save the state dict alone where the file comes from."
+            ) from error
+        reason = re.split(r"\.\s", f"{type(error).__name__}: {error}", maxsplit=1)[0]
+        raise CheckpointError(f"{path}: not a weight file, or a damaged or incomplete one: {reason}") from error
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}, expected a mapping of names to tensors")
     return dict(content)
+
+
+def _check_sums(path: Path) -> None:
+    """Raise an error where the file differs from the checksums that torch.save wrote into it; torch.load ignores them."""
+    with path.open("rb") as file:
+        magic = file.read(4)
+    if magic == b"PK\x03\x04":
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():
+                raise ValueError(f"{damaged} does not have its checksum")
+    elif magic[:1] != b"\x80":  # before torch 1.6, a bare pickle
+        raise ValueError(f"starts with {magic!r}")
 
 
 def strip_wrappers(checkpoint: Mapping[str, Any], ema: bool = False) -> dict[str, Tensor]:
@@ -62,14 +78,19 @@ def strip_wrappers(checkpoint: Mapping[str, Any], ema: bool = False) -> dict[str
     Raises:
         CheckpointError: There are no weights, no averaged ones where `ema` asks for them, or something else among them.
     """
-    averaged, raw = ("state_dict_ema", "model_ema"), ("state_dict", "model")
-    nested = [checkpoint[key] for key in (averaged if ema else ()) + raw if isinstance(checkpoint.get(key), Mapping)]
-    weights = dict(nested[0] if nested else checkpoint)
+    averaged, raw = (
+        [checkpoint[key] for key in keys if isinstance(checkpoint.get(key), Mapping)]
+        for keys in (("state_dict_ema", "model_ema"), ("state_dict", "model"))
+    )
+    candidates = [*(averaged if ema else ()), *raw, checkpoint]
+    weights = {str(key): value for key, value in candidates[0].items()}
     for prefix in ("module.", "_orig_mod.", "module."):
         if weights and all(key.startswith(prefix) for key in weights):
             weights = _below(prefix, weights)
-    if any(key.startswith("ema.module.") for key in weights) and ema:
+    if ema and not averaged:
         weights = _below("ema.module.", weights)
+        if not weights:
+            raise CheckpointError("the checkpoint holds no averaged weights; load it without ema")
     elif any(key.startswith("model.") for key in weights):
         weights = _below("model.", weights)
     elif any(key.startswith("backbone.") for key in weights):
@@ -98,7 +119,7 @@ def run_checkpoint(run: str | Path, which: str = "best") -> Path:
     raise CheckpointError(f"{run}: no checkpoint in {folder}; expected best.ckpt or last.ckpt: is it a run folder?")
 
 
-def load_weights(model: nn.Module, path: str | Path, ema: bool = False) -> None:
+def load_weights(model: Any, path: str | Path, ema: bool = False) -> None:
     """Load a weight file (official format or ours) or a run folder's best checkpoint into a model built by timm.
 
     A classifier of another width than the model's is left out; weights of the first convolution are adapted to the
@@ -112,21 +133,18 @@ def load_weights(model: nn.Module, path: str | Path, ema: bool = False) -> None:
     Raises:
         CheckpointError: The file cannot be read or does not fit; nothing has been loaded then.
     """
-    from effbackbones.models._hierarchical import HierarchicalBackbone, checkpoint_filter_fn
+    from effbackbones.models._hierarchical import checkpoint_filter_fn
 
     path = run_checkpoint(path) if Path(path).is_dir() else Path(path)
     checkpoint = read_checkpoint(path)
     try:
         weights = strip_wrappers(checkpoint, ema)
-        cfg = {**model.pretrained_cfg, "state_dict": weights}
-        classifier = weights.get("head.fc.weight", weights.get("head.weight"))
-        if classifier is not None:
-            cfg["num_classes"] = classifier.shape[0]
-        if not isinstance(model, HierarchicalBackbone):
-            load_pretrained(model, cfg, model.num_classes, model.in_chans)
-            return
         original = model.pretrained_cfg
-        model.pretrained_cfg = cfg
+        model.pretrained_cfg = cfg = {**original, "source": None, "state_dict": weights}
+        name = cfg["classifier"] if isinstance(cfg["classifier"], str) else cfg["classifier"][0]
+        classifier = weights.get(f"{name}.weight", weights.get("head.weight"))  # ours, official
+        if classifier is not None:
+            cfg["num_classes"] = len(classifier)
         try:
             load_pretrained(model, cfg, model.num_classes, model.in_chans, filter_fn=checkpoint_filter_fn)
         finally:

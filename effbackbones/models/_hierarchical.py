@@ -70,9 +70,6 @@ class HierarchicalBackbone(nn.Module):
     official_keys: ClassVar[KeyMap] = ()
     """Substitutions (pattern, replacement) from an official checkpoint's keys to ours; the first match counts."""
 
-    classifiers: ClassVar[tuple[str, ...]] = ("head.fc",)
-    """Layers whose output width is `num_classes`."""
-
     def __init__(
         self,
         stem: nn.Module,
@@ -118,6 +115,7 @@ class HierarchicalBackbone(nn.Module):
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the activations of every block in the backward pass, or stop doing so."""
+        stage: Any
         for stage in self.stages:
             stage.grad_checkpointing = enable
 
@@ -156,7 +154,7 @@ class HierarchicalBackbone(nn.Module):
     def forward_intermediates(
         self,
         x: Tensor,
-        indices: int | Sequence[int] | None = None,
+        indices: int | list[int] | None = None,
         norm: bool = False,
         stop_early: bool = False,
         output_fmt: Literal["NCHW"] = "NCHW",
@@ -166,7 +164,7 @@ class HierarchicalBackbone(nn.Module):
 
         Args:
             x: Images, (B, in_chans, H, W), at least 32 pixels a side.
-            indices: Stages to take; an int takes the last so many, None takes all.
+            indices: Stages to take, in this order; an int takes the last so many, None takes all.
             norm: Put the last map through the classifier's norm.
             stop_early: Stop after the last chosen stage; the last map is then that stage's.
             output_fmt: NCHW, the only layout there is.
@@ -178,17 +176,18 @@ class HierarchicalBackbone(nn.Module):
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt={output_fmt!r}: maps are NCHW only")
         take, last = feature_take_indices(len(self.stages), indices)
-        maps = []
+        maps = {}
         for i, x_bchw in enumerate(self.iter_maps(x)):
             if i in take:
                 out_bchw = self._output(i, x_bchw)
-                maps.append(self.norm(out_bchw) if norm and i == 3 else out_bchw)
+                maps[i] = self.norm(out_bchw) if norm and i == 3 else out_bchw
             if i == last and (stop_early or intermediates_only):
                 break
-        return maps if intermediates_only else (self._output(i, x_bchw), maps)
+        taken = [maps[i] for i in take]
+        return taken if intermediates_only else (self._output(i, x_bchw), taken)
 
     def prune_intermediate_layers(
-        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Drop the stages after the last of `indices`, and the head; return `indices` as non-negative numbers."""
         take, last = feature_take_indices(len(self.stages), indices)
@@ -196,11 +195,11 @@ class HierarchicalBackbone(nn.Module):
         self.stages = self.stages[: last + 1]
         if self.dense:
             self.norms = self.norms[: last + 1]
+        self.num_features = self.head_hidden_size = self.head.in_features = self.feature_info[last]["num_chs"]
         if prune_norm or cut:
             self.norm = nn.Identity()
         if prune_head or cut:
             self.reset_classifier(0, "")
-        self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
         return take
 
     def forward_features(self, x: Tensor) -> Tensor:
@@ -236,46 +235,51 @@ def init_linear(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-def checkpoint_filter_fn(state_dict: dict[str, Any], model: HierarchicalBackbone) -> dict[str, Tensor]:
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: Any) -> dict[str, Tensor]:
     """Return `state_dict`, an official checkpoint's or ours, as a complete state dict of `model`.
 
-    Whatever a training tool wrapped around the weights is taken off. The classifier of a checkpoint is left out where
-    the model has another number of classes than `model.pretrained_cfg` names, and in dense mode, where the output norms
-    that a classifier's checkpoint lacks keep their fresh values; the log names both.
+    `model` is a :class:`HierarchicalBackbone`, or another model of timm, which has its one format. Whatever a training
+    tool wrapped around the weights is taken off. The classifier of a checkpoint is left out where the model has another
+    number of classes than `model.pretrained_cfg` names, and in dense mode, where the output norms that a classifier's
+    checkpoint lacks keep their fresh values; the log names both.
 
     Raises:
         CheckpointError: Keys are missing, unknown or of the wrong shape; the message names them all.
     """
     weights = strip_wrappers(state_dict)
     if not any(key.startswith("stages.0.blocks.") for key in weights):
-        weights = {_our_key(key, type(model).official_keys): value for key, value in weights.items()}
+        key_map = getattr(model, "official_keys", ())
+        weights = {_our_key(key, key_map): value for key, value in weights.items()}
     own = model.state_dict()
     cfg = model.pretrained_cfg
 
-    other_classes = model.num_classes != cfg.get("num_classes", model.num_classes)
-    optional: tuple[str, ...] = tuple(f"{name}." for name in model.classifiers) if other_classes else ()
-    if model.dense:
-        optional = ("norm.", "norm_", "head.", "head_")
+    optional: tuple[str, ...] = ()
+    if getattr(model, "dense", False):
+        optional = ("norm.", "head.", "head_")
         fresh = [key for key in own if key.startswith("norms.") and key not in weights]
         if fresh:
             _logger.info("Not in the checkpoint, left at their initial values: %s", ", ".join(fresh))
         weights.update({key: own[key] for key in fresh})
-    left_out = [key for key in weights if key.startswith(optional)] if optional else []
+    elif model.num_classes != cfg.get("num_classes", model.num_classes):
+        optional = tuple(f"{name}." for name in _names(cfg["classifier"]))
+    left_out = [key for key in weights if key.startswith(optional)]
     if left_out:
         _logger.info("In the checkpoint, not in the model or of other classes: %s", ", ".join(left_out))
 
     # The number of steps a batch norm has seen has no influence at a fixed momentum, and some files lack it.
     weights.update({k: own[k] for k in own if k.endswith("num_batches_tracked") and k not in weights})
 
-    missing = [key for key in own if key not in weights and not (optional and key.startswith(optional))]
+    missing = [key for key in own if key not in weights and not key.startswith(optional)]
     unknown = [key for key in weights if key not in own and key not in left_out]
-    first_conv = f"{cfg.get('first_conv')}.weight"  # timm adapts it to another number of image channels
+    fitting = {key: [value.shape] for key, value in own.items()}
+    for key in (f"{name}.weight" for name in _names(cfg["first_conv"])):
+        # timm adapts the image channels of its pretrained weights to the model's.
+        fitting[key].append(torch.Size([len(own[key]), cfg["input_size"][0], *own[key].shape[2:]]))
     shapes = [
         f"{key}: {tuple(value.shape)} in the checkpoint, {tuple(own[key].shape)} in the model"
         for key, value in weights.items()
-        if key in own and key not in left_out and value.shape != own[key].shape
-        and not (key == first_conv and value.shape[0] == own[key].shape[0])
-    ]  # fmt: skip
+        if key in own and key not in left_out and value.shape not in fitting[key]
+    ]
     if missing or unknown or shapes:
         problems = [
             *([f"missing: {', '.join(missing)}"] if missing else []),
@@ -287,6 +291,11 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: HierarchicalBackbone
             f"the checkpoint does not fit {name}: " + "\n  ".join(problems) + "\nIs it a checkpoint of another variant?"
         )
     return {key: value for key, value in weights.items() if key not in left_out}
+
+
+def _names(entry: str | Sequence[str] | None) -> tuple[str, ...]:
+    """Return the layers that an entry of a pretrained config names: one, several or none."""
+    return (entry,) if isinstance(entry, str) else tuple(entry or ())
 
 
 def _our_key(key: str, key_map: KeyMap) -> str:

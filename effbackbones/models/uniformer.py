@@ -7,6 +7,7 @@ loads and whose numbers it gives.
 Layouts in names: b batch, c channels, h and w rows and columns, n tokens in raster order, d channels of a head.
 """
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -18,7 +19,7 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from effbackbones.layers import attend
-from effbackbones.models._hierarchical import HierarchicalBackbone, Stage, create_backbone, init_linear
+from effbackbones.models._hierarchical import HierarchicalBackbone, KeyMap, Stage, create_backbone, init_linear
 
 
 class PatchEmbed(nn.Module):
@@ -175,6 +176,11 @@ class AttentionBlock(nn.Module):
         return x.permute(0, 3, 1, 2)
 
 
+def safe_sum(score_bn: Tensor) -> Tensor:
+    """Return the sum over tokens, (B, 1), to divide by: scores are probabilities, and all of a part may underflow."""
+    return score_bn.sum(1, keepdim=True).clamp_min(torch.finfo(score_bn.dtype).tiny)
+
+
 class PruningBlock(AttentionBlock):
     """Global block of the light models: a class token scores the tokens, and the lower half shares one update.
 
@@ -198,9 +204,8 @@ class PruningBlock(AttentionBlock):
             n = x_bnc.shape[1]
             kept_bk = score_bn.topk(n // 2, dim=1, sorted=False).indices
             kept_bkc = kept_bk.unsqueeze(-1).expand(-1, -1, x_bnc.shape[2])
-            # Scores are probabilities: those of the rest may all underflow.
             rest_bn = score_bn.scatter(1, kept_bk, 0.0)
-            rest_bn = rest_bn / rest_bn.sum(1, keepdim=True).clamp_min(torch.finfo(rest_bn.dtype).tiny)
+            rest_bn = rest_bn / safe_sum(rest_bn)
             rest_b1c = rest_bn.to(x_bnc.dtype).unsqueeze(1) @ x_bnc
 
             t = torch.cat([cls_b1c, x_bnc.gather(1, kept_bkc), rest_b1c], 1)
@@ -237,7 +242,7 @@ class PruningStage(Stage):
         cls_b1c = self.cls_token.expand(x_bchw.shape[0], -1, -1) if cls_b1c is None else self.cls_proj(cls_b1c)
         if score_bn is not None:
             pooled_bn = F.avg_pool2d(score_bn.unflatten(1, x_bchw.shape[2:]), 2).flatten(1)
-            score_bn = pooled_bn * (score_bn.sum(1, keepdim=True) / pooled_bn.sum(1, keepdim=True))
+            score_bn = pooled_bn * (score_bn.sum(1, keepdim=True) / safe_sum(pooled_bn))
         x_bchw = self.downsample(x_bchw)
         for block in self.blocks:
             x_bchw, cls_b1c, score_bn = self.run(block, x_bchw, cls_b1c, score_bn)
@@ -275,7 +280,7 @@ class UniFormer(HierarchicalBackbone):
     """
 
     attention_block: ClassVar[type[AttentionBlock]] = AttentionBlock
-    official_keys = (
+    official_keys: ClassVar[KeyMap] = (
         (r"^patch_embed1\.proj\.0\.", "stem.conv1."),
         (r"^patch_embed1\.proj\.1\.", "stem.norm1."),
         (r"^patch_embed1\.proj\.3\.", "stem.conv2."),
@@ -317,11 +322,11 @@ class UniFormer(HierarchicalBackbone):
         attention = attention or ("hybrid" if dense else "global")
         if attention not in ("global", "window", "hybrid"):
             raise ValueError(f"attention={attention!r}: expected global, window or hybrid")
-        rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        rates: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         downsample = ConvDownsample if conv_downsample else partial(PatchEmbed, size=2)
         stages = []
         for i, dim in enumerate(dims):
-            down = downsample(dims[i - 1], dim) if i else None
+            down: Any = downsample(dims[i - 1], dim) if i else None
             if i < 2:
                 stages.append(Stage(down, [ConvBlock(dim, mlp_ratio, rate, conv_layer_scale) for rate in rates[i]]))
                 continue
@@ -359,23 +364,29 @@ class UniFormerLight(UniFormer):
         ValueError: Windows or layer scale are asked for; light models have neither.
     """
 
-    classifiers = ("head.fc", "head_cls")
     attention_block = PruningBlock
+    official_keys: ClassVar[KeyMap] = (
+        (r"^norm_cls\.", "head_cls.norm."),
+        (r"^head_cls\.", "head_cls.fc."),
+        *UniFormer.official_keys,
+    )
 
     def __init__(
         self,
         attention: Literal["global"] | None = None,
+        window_size: None = None,
         conv_layer_scale: None = None,
         attn_layer_scale: None = None,
         **kwargs: Any,
     ):
-        if attention not in (None, "global") or conv_layer_scale is not None or attn_layer_scale is not None:
-            raise ValueError("light UniFormers have global attention only, and no layer scale: drop these arguments")
+        if attention not in (None, "global") or (window_size, conv_layer_scale, attn_layer_scale) != (None, None, None):
+            raise ValueError(
+                "light UniFormers have global attention only, and no layer scale: drop attention, window_size, "
+                "conv_layer_scale and attn_layer_scale"
+            )
         super().__init__(attention="global", **kwargs)
         if not self.dense:
-            self.norm_cls = nn.LayerNorm(self.num_features, eps=1e-5)
-            self.head_cls = linear_or_identity(self.num_features, self.num_classes)
-            init_linear(self.head_cls)
+            self.head_cls = class_token_head(self.num_features, self.num_classes)
 
     @staticmethod
     def attention_stage(i: int, downsample: nn.Module, blocks: Sequence[nn.Module], dims: Sequence[int]) -> Stage:
@@ -387,8 +398,7 @@ class UniFormerLight(UniFormer):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         super().reset_classifier(num_classes, global_pool)
         if not self.dense:
-            self.head_cls = linear_or_identity(self.norm_cls.normalized_shape[0], num_classes)
-            init_linear(self.head_cls)
+            self.head_cls = class_token_head(self.num_features, num_classes).to(next(self.parameters()))
 
     def iter_states(self, x_bchw: Tensor) -> Iterator[tuple[Tensor, ...]]:
         """Yield, stage by stage, the map and what goes along with it: at first nothing, then class token and score."""
@@ -402,11 +412,11 @@ class UniFormerLight(UniFormer):
             yield state[0]
 
     def forward(self, x: Tensor) -> Any:
-        if not self.training or self.dense:
+        if not self.training or not self.num_classes:
             return super().forward(x)
         for state in self.iter_states(self.stem(x)):
             x_bchw, *rest = state
-        return self.forward_head(x_bchw), self.head_cls(self.norm_cls(rest[0][:, 0]))
+        return self.forward_head(x_bchw), self.head_cls(rest[0][:, 0])
 
     def loss(self, output: Any, target: Tensor, criterion: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         return 0.5 * criterion(output[0], target) + 0.5 * criterion(output[1], target)
@@ -421,19 +431,15 @@ class UniFormerTokenLabelling(UniFormer):
     tokens (top, bottom, left, right).
     """
 
-    classifiers = ("head.fc", "head_aux")
-
     def __init__(self, **kwargs: Any):
         super().__init__(**kwargs)
         if not self.dense:
-            self.head_aux = linear_or_identity(self.num_features, self.num_classes)
-            init_linear(self.head_aux)
+            self.head_aux = token_head(self.num_features, self.num_classes)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         super().reset_classifier(num_classes, global_pool)
         if not self.dense:
-            self.head_aux = linear_or_identity(self.stages[-1].blocks[-1].mlp.fc2.out_features, num_classes)
-            init_linear(self.head_aux)
+            self.head_aux = token_head(self.num_features, num_classes).to(next(self.parameters()))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         x_bchw = self.norm(x)
@@ -446,7 +452,7 @@ class UniFormerTokenLabelling(UniFormer):
         if not self.training or not self.num_classes:
             return super().forward(x)
         x_bchw = self.stem(x)
-        box = random_box(*x_bchw.shape[2:], device=x.device)
+        box = random_box(x_bchw.shape[2], x_bchw.shape[3], x.device)
         x_bchw = exchange(x_bchw, box)
         for x_bchw in self.iter_stages(x_bchw):  # noqa: B007, B020
             pass
@@ -484,8 +490,18 @@ def exchange(x_bchw: Tensor, box: Tensor) -> Tensor:
     return torch.where(inside_hw, x_bchw.flip(0), x_bchw)
 
 
-def linear_or_identity(dim: int, num_classes: int) -> nn.Module:
-    return nn.Linear(dim, num_classes) if num_classes else nn.Identity()
+def token_head(dim: int, num_classes: int) -> nn.Module:
+    """Return a classifier of tokens (..., dim), freshly initialised; the identity where there are no classes."""
+    head = nn.Linear(dim, num_classes) if num_classes else nn.Identity()
+    init_linear(head)
+    return head
+
+
+def class_token_head(dim: int, num_classes: int) -> nn.Module:
+    """Return a classifier of the class token (B, dim), with a norm of its own."""
+    if not num_classes:
+        return nn.Identity()
+    return nn.Sequential(OrderedDict(norm=nn.LayerNorm(dim, eps=1e-5), fc=token_head(dim, num_classes)))
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:
@@ -507,9 +523,9 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
     }
 
 
-_LIGHT = {"first_conv": "stem.conv1", "classifier": UniFormerLight.classifiers}
+_LIGHT = {"first_conv": "stem.conv1", "classifier": ("head.fc", "head_cls")}
 # Which mean, deviation and crop the token-labelling checkpoints expect is not published: timm's defaults of their time.
-_TL = {"classifier": UniFormerTokenLabelling.classifiers, "crop_pct": 0.9}
+_TL = {"classifier": ("head.fc", "head_aux"), "crop_pct": 0.9}
 
 default_cfgs = generate_default_cfgs(
     {

@@ -2,6 +2,7 @@
 
 import math
 import random
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,6 @@ from effbackbones.checkpoint import load_weights
 from effbackbones.config.schema import Recipe
 from effbackbones.data import LEFT_OUT, build_mixup
 from effbackbones.data.sampler import derive_seed
-from effbackbones.train.callbacks.stop import total_steps
 from effbackbones.train.optim import build_optimizer, build_schedule
 
 Batch = tuple[Tensor, Tensor]
@@ -69,7 +69,8 @@ class ClassificationModule(LightningModule):
             f"top{k}": MulticlassAccuracy(len(classes), min(k, len(classes)), average="micro", ignore_index=LEFT_OUT)
             for k in (1, 5)
         }
-        metrics = MetricCollection({**accuracy, "loss": MeanMetric()}, prefix="val/")
+        loss = MeanMetric(nan_strategy=math.nan)  # batches whose loss is not a number count, unlike by default
+        metrics = MetricCollection({**accuracy, "loss": loss}, prefix="val/")
         # One collection for each model that is evaluated: the trained one and, where it is kept, its average.
         self.metrics = nn.ModuleList([metrics] if self.ema is None else [metrics, metrics.clone(postfix="_ema")])
 
@@ -80,11 +81,14 @@ class ClassificationModule(LightningModule):
             self.ema.set(self.model)
 
     def configure_optimizers(self) -> Any:
-        trainer = self.trainer
-        steps = int(total_steps(trainer))  # opens the loaders, whose length is known from here on
-        steps_per_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
-        global_batch = self.recipe.data.batch_size * trainer.world_size * trainer.accumulate_grad_batches
-        optimizer = build_optimizer(self.model, self.recipe.optim, global_batch)
+        trainer, cfg = self.trainer, self.recipe.trainer
+        # Counted without the trainer, which would start to load: a checkpoint's position is restored after this only.
+        batches = len(trainer.datamodule.train_dataloader())  # type: ignore[attr-defined]
+        steps_per_epoch = math.ceil(min(batches, cfg.limit_train or batches) / cfg.accumulate)
+        steps = min(cfg.epochs * steps_per_epoch, cfg.steps or sys.maxsize)
+        global_batch = self.recipe.data.batch_size * trainer.world_size * cfg.accumulate
+        fused = self.recipe.trainer.precision != "fp16"
+        optimizer = build_optimizer(self.model, self.recipe.optim, global_batch, fused)
         schedule = build_schedule(optimizer, self.recipe.schedule, steps, steps_per_epoch)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -125,7 +129,7 @@ class ClassificationModule(LightningModule):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
         if self.ema is not None:
-            self.ema.update(self.model, step=self.global_step)
+            self.ema.update(self.model, step=self.global_step + 1)  # steps taken: the trainer has yet to count this one
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         images, targets = self._layout(batch[0]), batch[1]

@@ -16,9 +16,19 @@ def scaled_lr(optim: OptimConfig, global_batch: int) -> float:
     return optim.lr if optim.lr_batch is None else optim.lr * global_batch / optim.lr_batch
 
 
-def build_optimizer(model: nn.Module, optim: OptimConfig, global_batch: int) -> torch.optim.Optimizer:
-    """Return the optimizer of a model's parameters, grouped by weight decay and, with `layer_decay`, by layer."""
+FUSED = ("adam", "adamw", "sgd", "momentum")
+
+
+def build_optimizer(
+    model: nn.Module, optim: OptimConfig, global_batch: int, fused: bool = False
+) -> torch.optim.Optimizer:
+    """Return the optimizer of a model's parameters, grouped by weight decay and, with `layer_decay`, by layer.
+
+    With `fused`, the optimizers that have one take a step in a single kernel. Lightning cannot clip gradients of a
+    fused optimizer under fp16's scaler.
+    """
     options: dict[str, Any] = {"betas": optim.betas, "eps": optim.eps, "momentum": optim.momentum}
+    options["fused"] = True if fused and optim.name in FUSED else None
     return create_optimizer_v2(
         model,
         optim.name,

@@ -1,5 +1,6 @@
 """A run: from a recipe to a run folder, and from a run folder to an evaluation."""
 
+import logging
 import warnings
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -40,6 +41,10 @@ MAY_CHANGE = (
 )
 
 
+# Lightning announces what the recipe says, and advertises.
+logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+
+
 def run_folder(loaded: LoadedRecipe) -> Path:
     """Return the run folder of a recipe: `run.dir`, or runs/<recipe name>."""
     return Path(loaded.recipe.run.dir or Path("runs") / loaded.name)
@@ -68,9 +73,9 @@ def train(loaded: LoadedRecipe) -> Path:
 
     logger = MetricsCSV(folder)
     trainer = _trainer(recipe, folder, [logger, *_optional_loggers(folder)], _callbacks(recipe, folder))
-    if last.exists():
-        step = read_checkpoint(last)["global_step"]
-        logger.resume_at(step)
+    step = read_checkpoint(last)["global_step"] if last.exists() else 0
+    logger.resume_at(step)
+    if step:
         trainer.print(f"Resuming {folder} at step {step}.")
     trainer.fit(module, datamodule=data, ckpt_path=last if last.exists() else None, weights_only=True)
     trainer.print(_closing_words(folder, trainer, data))
@@ -129,9 +134,10 @@ def _write_recipe(folder: Path, loaded: LoadedRecipe) -> None:
 
 def _check_same_recipe(folder: Path, loaded: LoadedRecipe) -> None:
     before, now = ({key: value for key, value, *_ in explain(recipe)} for recipe in (load_target(str(folder)), loaded))
-    differing = [key for key in now if before.get(key) != now[key] and not key.startswith(MAY_CHANGE)]
+    keys = [key for key in now | before if not key.startswith(MAY_CHANGE)]
+    differing = [key for key in keys if before.get(key) != now.get(key)]
     if differing and not loaded.recipe.run.force:
-        changes = "\n".join(f"  {key}: {before.get(key)!r} then, {now[key]!r} now" for key in differing)
+        changes = "\n".join(f"  {key}: {before.get(key)!r} then, {now.get(key)!r} now" for key in differing)
         raise RecipeError(
             f"{folder} holds a run of another recipe:\n{changes}\n"
             "Go on with the old values, choose another run.dir, or set run.force=true to resume with the new ones."
@@ -145,6 +151,7 @@ def _trainer(recipe: Recipe, folder: Path | None, loggers: list[Logger] | bool, 
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
     warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")
+    warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*", category=FutureWarning)
     return Trainer(
         accelerator=cfg.accelerator,
         devices=devices,

@@ -1,5 +1,6 @@
 """Which checkpoints a run keeps."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ class RunCheckpoints(Checkpoint):
     """Keeps last.ckpt, from which the run goes on, and best.ckpt, the weights of the best evaluation so far.
 
     Both are written after each evaluation; last.ckpt also at the end of an epoch without one, and every so many steps.
-    Never between the last batch of an epoch and its evaluation: a run resumed from there would leave that out.
+    Never between the last batch of an epoch or of the run and its evaluation: a run resumed from there would leave that
+    out. An evaluation whose score is not a number is never the best.
 
     Args:
         folder: Folder of the checkpoints.
@@ -33,10 +35,14 @@ class RunCheckpoints(Checkpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best_score = state_dict["best_score"]
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._saved_at = trainer.global_step  # what the run resumed from
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self.every and trainer.global_step % self.every == 0 and not trainer.is_last_batch:
+        evaluation_follows = trainer.is_last_batch or trainer.should_stop
+        if self.every and trainer.global_step % self.every == 0 and not evaluation_follows:
             self._save_last(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -53,7 +59,7 @@ class RunCheckpoints(Checkpoint):
 
     def _is_best(self, score: float) -> bool:
         if self.best_score is None:
-            return True
+            return not math.isnan(score)
         return score < self.best_score if self.monitor.endswith("loss") else score > self.best_score
 
     def _save_last(self, trainer: Trainer) -> None:

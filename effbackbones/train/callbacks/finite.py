@@ -1,5 +1,7 @@
 """The guard between the gradients and the weights."""
 
+from functools import partial
+
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
@@ -51,24 +53,44 @@ class FiniteGuard(Callback):
             self._skipped += 1
             if self._skipped <= self.max_skipped:
                 return
-        what = f"the loss is {loss.item()}" if bad_loss else "the loss is finite, the gradient is not"
+        first = self._first_bad(pl_module)
+        if torch.isfinite(loss) and bad_loss:
+            what = "the loss of another rank is not finite: see its message"
+        else:
+            what = f"the loss is {loss.item()}" if bad_loss else "the loss is finite, the gradient is not"
+            what += f".\nFirst bad value: {first}"
         raise NonFiniteError(
-            f"rank {trainer.global_rank}, step {trainer.global_step}, epoch {trainer.current_epoch}: {what}.\n"
-            f"First bad value: {self._first_bad(pl_module)}.\n"
+            f"rank {trainer.global_rank}, epoch {trainer.current_epoch + 1}, step {trainer.global_step + 1}: {what}.\n"
             "The step did not reach the weights; the last checkpoint holds those of an earlier step. What helps most: "
             "a lower optim.lr or a longer schedule.warmup_epochs, optim.clip_grad=1, trainer.precision=bf16 or 32."
         )
 
     def _first_bad(self, pl_module: LightningModule) -> str:
+        # First of all, and on every rank: the forward passes wait for each other where batch norms synchronise.
+        outputs = self._bad_outputs(pl_module)
         for name, parameter in pl_module.named_parameters():
             if not parameter.isfinite().all():
                 return f"the weight {name}"
-        tensors = self._batch if isinstance(self._batch, (list, tuple)) else [self._batch]
-        if any(isinstance(t, Tensor) and t.is_floating_point() and not t.isfinite().all() for t in tensors):
+        if _has_bad(self._batch):
             return "the input batch"
+        if outputs:
+            return f"the output of {outputs[0]}"
+        # The backward pass goes from the last module to the first.
+        for name, parameter in reversed(list(pl_module.named_parameters())):
+            if parameter.grad is not None and not parameter.grad.isfinite().all():
+                return f"the gradient of {name}"
+        return "the loss"
+
+    def _bad_outputs(self, pl_module: LightningModule) -> list[str]:
+        """Return the modules with a bad output when the last batch is repeated, the first to have one first."""
         found: list[str] = []
+
+        def look_at(name: str, module: nn.Module, args: object, output: object) -> None:
+            if _has_bad(output):
+                found.append(name)
+
         hooks = [
-            module.register_forward_hook(_recorder(name or type(module).__name__, found))
+            module.register_forward_hook(partial(look_at, name or type(module).__name__))
             for name, module in pl_module.named_modules()
         ]
         try:
@@ -77,19 +99,9 @@ class FiniteGuard(Callback):
         finally:
             for hook in hooks:
                 hook.remove()
-        if found:
-            return f"the output of {found[0]}"
-        # The backward pass goes from the last module to the first.
-        for name, parameter in reversed(list(pl_module.named_parameters())):
-            if parameter.grad is not None and not parameter.grad.isfinite().all():
-                return f"the gradient of {name}"
-        return "not on this rank: see the message of another"
+        return found
 
 
-def _recorder(name: str, found: list[str]):  # type: ignore[no-untyped-def]
-    def hook(module: nn.Module, args: object, output: object) -> None:
-        outputs = output if isinstance(output, (list, tuple)) else [output]
-        if any(isinstance(t, Tensor) and t.is_floating_point() and not t.isfinite().all() for t in outputs):
-            found.append(name)
-
-    return hook
+def _has_bad(values: object) -> bool:
+    tensors = values if isinstance(values, (list, tuple)) else [values]
+    return any(isinstance(t, Tensor) and t.is_floating_point() and not t.isfinite().all() for t in tensors)

@@ -17,7 +17,9 @@ class StopAtStep(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        trainer.should_stop = trainer.should_stop or trainer.global_step >= self.steps
+        if trainer.global_step >= self.steps:
+            trainer.should_stop = True
+            trainer.check_val_every_n_epoch = 1
 
 
 def total_steps(trainer: Trainer) -> float:

@@ -19,6 +19,7 @@ from timm.models import load_pretrained
 from torch import Tensor
 
 from effbackbones.files import replacing
+from effbackbones.models._hierarchical import checkpoint_filter_fn
 
 
 class CheckpointError(ValueError):
@@ -57,7 +58,7 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, An
 
 
 def _check_sums(path: Path) -> None:
-    """Raise an error where the file differs from the checksums that torch.save wrote into it; torch.load ignores them."""
+    """Raise an error where the checksums in a file of torch.save, which torch.load ignores, do not hold."""
     with path.open("rb") as file:
         magic = file.read(4)
     if magic == b"PK\x03\x04":
@@ -119,7 +120,7 @@ def run_checkpoint(run: str | Path, which: str = "best") -> Path:
     raise CheckpointError(f"{run}: no checkpoint in {folder}; expected best.ckpt or last.ckpt: is it a run folder?")
 
 
-def load_weights(model: Any, path: str | Path, ema: bool = False) -> None:
+def load_weights(model: Any, path: str | Path, ema: bool = False, same_classes: bool = False) -> None:
     """Load a weight file (official format or ours) or a run folder's best checkpoint into a model built by timm.
 
     A classifier of another width than the model's is left out; weights of the first convolution are adapted to the
@@ -129,28 +130,29 @@ def load_weights(model: Any, path: str | Path, ema: bool = False) -> None:
         model: A model of the zoo, or any other timm model.
         path: Weight file or run folder.
         ema: Take the averaged weights.
+        same_classes: Refuse a classifier of another width: for a model that is not going to be trained.
 
     Raises:
         CheckpointError: The file cannot be read or does not fit; nothing has been loaded then.
     """
-    from effbackbones.models._hierarchical import checkpoint_filter_fn
-
     path = run_checkpoint(path) if Path(path).is_dir() else Path(path)
     checkpoint = read_checkpoint(path)
+    original = model.pretrained_cfg
     try:
         weights = strip_wrappers(checkpoint, ema)
-        original = model.pretrained_cfg
-        model.pretrained_cfg = cfg = {**original, "source": None, "state_dict": weights}
+        cfg = {**original, "source": None, "state_dict": weights}
         name = cfg["classifier"] if isinstance(cfg["classifier"], str) else cfg["classifier"][0]
         classifier = weights.get(f"{name}.weight", weights.get("head.weight"))  # ours, official
-        if classifier is not None:
-            cfg["num_classes"] = len(classifier)
-        try:
-            load_pretrained(model, cfg, model.num_classes, model.in_chans, filter_fn=checkpoint_filter_fn)
-        finally:
-            model.pretrained_cfg = original
+        classes = 0 if classifier is None else len(classifier)
+        if same_classes and classes != model.num_classes:
+            raise CheckpointError(f"made for {classes or 'no'} classes, expected {model.num_classes}")
+        cfg["num_classes"] = classes or cfg["num_classes"]
+        model.pretrained_cfg = cfg  # which the filter reads
+        load_pretrained(model, cfg, model.num_classes, model.in_chans, filter_fn=checkpoint_filter_fn)
     except (CheckpointError, RuntimeError) as error:
         raise CheckpointError(f"{path}: {error}") from error
+    finally:
+        model.pretrained_cfg = original
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

@@ -2,14 +2,14 @@
 
 import argparse
 import fnmatch
+import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+from effbackbones import __version__
+from effbackbones.assets import list_recipes
+from effbackbones.models._zoo import ZOO, Published
 
 EXAMPLES = {
     "ls": """
@@ -46,17 +46,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _input_errors() -> tuple[type[Exception], ...]:
+    from lightning.fabric.utilities.exceptions import MisconfigurationException  # a device that is not there
+
     from effbackbones.checkpoint import CheckpointError
     from effbackbones.config import RecipeError
     from effbackbones.data import DataError
     from effbackbones.train.callbacks.finite import NonFiniteError
 
-    return RecipeError, CheckpointError, DataError, NonFiniteError
+    return RecipeError, CheckpointError, DataError, NonFiniteError, MisconfigurationException, OSError
 
 
 def _parser() -> argparse.ArgumentParser:
-    from effbackbones import __version__
-
     parser = argparse.ArgumentParser("effb", description="Efficient vision backbones: list, train, evaluate, predict.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -94,24 +94,18 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def ls(args: argparse.Namespace) -> int:
-    from effbackbones.assets import list_recipes
-    from effbackbones.models._zoo import ZOO
-
-    console = Console()
-    if args.what != "recipes":
-        table = _table("Model", "Size", "Parameters", "GMACs", "Top-1", "Source", "Note")
-        for row in ZOO:
-            if fnmatch.fnmatch(row.model, args.pattern):
-                top1 = "-" if row.top1 is None else f"{row.top1:.1f}"
-                parameters = f"{row.params / 1e6:.1f} M"
-                table.add_row(row.model, str(row.size), parameters, f"{row.gmacs:.2f}", top1, row.source, row.note)
-        console.print(table)
-    if args.what != "models":
-        table = _table("Recipe", "File")
-        for name, path in list_recipes().items():
-            if fnmatch.fnmatch(name, args.pattern):
-                table.add_row(name, str(path))
-        console.print(table)
+    models = [] if args.what == "recipes" else [row for row in ZOO if fnmatch.fnmatch(row.model, args.pattern)]
+    recipes = {} if args.what == "models" else list_recipes()
+    recipes = {name: path for name, path in recipes.items() if fnmatch.fnmatch(name, args.pattern)}
+    if not models and not recipes:
+        print(f"effb ls: nothing is named {args.pattern!r}; `effb ls` lists all there is", file=sys.stderr)
+        return 2
+    if models:
+        _print_table(("Model", "Size", "Parameters", "GMACs", "Top-1", "Source", "Note"), map(_zoo_cells, models))
+    if models and recipes:
+        print()
+    if recipes:
+        _print_table(("Recipe", "File"), [(name, str(path)) for name, path in recipes.items()])
     return 0
 
 
@@ -119,10 +113,11 @@ def show(args: argparse.Namespace) -> int:
     from effbackbones.config import explain
     from effbackbones.train.run import load_target
 
-    table = _table("Key", "Value", "Origin", "Meaning")
-    for key, value, origin, meaning in explain(load_target(args.recipe, args.overrides)):
-        table.add_row(key, str(value), origin, meaning)
-    Console().print(table)
+    rows = [
+        (key, value if isinstance(value, str) else json.dumps(value), origin, meaning)  # as in a recipe: null, not None
+        for key, value, origin, meaning in explain(load_target(args.recipe, args.overrides))
+    ]
+    _print_table(("Key", "Value", "Origin", "Meaning"), rows)
     return 0
 
 
@@ -146,8 +141,8 @@ def predict(args: argparse.Namespace) -> int:
     from effbackbones.config import RecipeError
     from effbackbones.predict import Predictor
 
-    if args.model and not args.checkpoint:
-        raise RecipeError("--model needs --checkpoint: the file with its ImageNet-1K weights")
+    if bool(args.model) != bool(args.checkpoint):
+        raise RecipeError("--model and --checkpoint go together: a registered model, a file of its ImageNet-1K weights")
     predictor = Predictor.from_run(args.run) if args.run else Predictor.from_model(args.model, args.checkpoint)
     for path, classes in zip(args.images, predictor(args.images), strict=True):
         print(path)
@@ -159,22 +154,32 @@ def predict(args: argparse.Namespace) -> int:
 def doctor(args: argparse.Namespace) -> int:
     from effbackbones.doctor import report
 
-    console = Console()
     findings = report()
     for section, items in findings.items():
         if items:
-            console.print(Text(section, style="bold"))
+            print(section)
             for name, text in items.items():
-                console.print(f"  {name:22} {text}", markup=False, highlight=False)
+                print(f"  {name:22} {text}")
     return 1 if findings["Problems"] else 0
 
 
-def _table(*columns: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in columns:
-        numeric = column in ("Size", "Parameters", "GMACs", "Top-1")
-        table.add_column(column, justify="right" if numeric else "left", no_wrap=column in ("Model", "Recipe", "Key"))
-    return table
+def _zoo_cells(row: Published) -> Sequence[str]:
+    top1 = "-" if row.top1 is None else f"{row.top1:.1f}"
+    parameters = f"{row.params / 1e6:.2f} M"
+    return row.model, str(row.size), parameters, f"{row.gmacs:.2f}", top1, row.source, row.note
+
+
+def _print_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print one line per row, in columns, whatever the width of the terminal: nothing is folded or cut off."""
+    rows = [head, *rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    rows.insert(1, ["-" * width for width in widths])
+    for row in rows:
+        cells = [
+            cell.rjust(width) if name in ("Size", "Parameters", "GMACs", "Top-1") else cell.ljust(width)
+            for name, cell, width in zip(head, row, widths, strict=True)
+        ]
+        print("  ".join(cells).rstrip())
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {

@@ -8,7 +8,7 @@ import torch
 from effbackbones.layers import attention_report
 
 PACKAGES = (
-    *("effbackbones", "torch", "torchvision", "timm", "lightning", "omegaconf", "torchmetrics", "rich", "safetensors"),
+    *("effbackbones", "torch", "torchvision", "timm", "lightning", "omegaconf", "torchmetrics", "safetensors"),
     *("matplotlib", "xformers", "tensorboard", "wandb", "webdataset", "datasets", "onnx", "onnxruntime", "onnxscript"),
     *("onedl-mmcv", "onedl-mmengine", "onedl-mmdetection", "onedl-mmsegmentation"),
 )

@@ -11,7 +11,8 @@ from timm.data import ImageNetInfo
 from torch import nn
 
 from effbackbones.checkpoint import load_weights, read_checkpoint, run_checkpoint
-from effbackbones.config.schema import DataConfig
+from effbackbones.config import Recipe, RecipeError, check
+from effbackbones.config.schema import DataConfig, ModelConfig
 from effbackbones.data.datasets import Transform
 from effbackbones.data.folder import load_image
 from effbackbones.data.transforms import eval_transform
@@ -40,8 +41,8 @@ class Predictor:
         Raises:
             CheckpointError: The folder holds no run with a checkpoint, or the checkpoint cannot be read.
         """
-        recipe = load_target(str(folder)).recipe
         path = run_checkpoint(folder)
+        recipe = load_target(str(folder)).recipe
         classes = read_checkpoint(path)["classes"]
         model = build_model(recipe, len(classes))
         load_weights(model, path, ema=recipe.trainer.monitor == "top1_ema")
@@ -52,10 +53,14 @@ class Predictor:
         """Open an ImageNet-1K checkpoint of a registered model, with the evaluation transform it is published with.
 
         Raises:
+            RecipeError: There is no model of that name.
             CheckpointError: The checkpoint cannot be read or does not fit.
         """
-        model: Any = timm.create_model(name)
-        load_weights(model, checkpoint)
+        for keys, problem in check(Recipe(model=ModelConfig(name=name))):
+            if keys == ("model.name",):
+                raise RecipeError(problem)
+        model: Any = timm.create_model(name, num_classes=1000)
+        load_weights(model, checkpoint, same_classes=True)
         cfg = timm.data.resolve_model_data_config(model)
         data = DataConfig(
             size=cfg["input_size"][-1],

@@ -14,8 +14,6 @@ from timm.models import build_model_with_cfg, checkpoint
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from effbackbones.checkpoint import CheckpointError, strip_wrappers
-
 _logger = logging.getLogger(__name__)
 
 KeyMap = Sequence[tuple[str, str | Callable[[re.Match[str]], str]]]
@@ -246,6 +244,8 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: Any) -> dict[str, Te
     Raises:
         CheckpointError: Keys are missing, unknown or of the wrong shape; the message names them all.
     """
+    from effbackbones.checkpoint import CheckpointError, strip_wrappers  # brings Lightning, which models do without
+
     weights = strip_wrappers(state_dict)
     if not any(key.startswith("stages.0.blocks.") for key in weights):
         key_map = getattr(model, "official_keys", ())

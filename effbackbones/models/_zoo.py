@@ -26,7 +26,7 @@ class Published:
     note: str = ""
 
 
-_UNIFORMER = "arXiv 2201.09450, Sense-X/UniFormer README"
+_UNIFORMER = "Sense-X/UniFormer README"
 _TL = "trained by token labelling"
 
 ZOO: tuple[Published, ...] = (

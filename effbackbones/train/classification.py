@@ -95,7 +95,11 @@ class ClassificationModule(LightningModule):
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         scheduler.step_update(self.global_step)
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["lr_schedulers"] = []  # a schedule follows from the recipe and the step
+
     def on_train_start(self) -> None:
+        self.lr_scheduler_step(self.lr_schedulers(), None)
         if self.recipe.model.norm_eval:
             for module in self.model.modules():
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):

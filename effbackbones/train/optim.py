@@ -25,11 +25,11 @@ def build_optimizer(
     """Return the optimizer of a model's parameters, grouped by weight decay and, with `layer_decay`, by layer.
 
     With `fused`, the optimizers that have one take a step in a single kernel. Lightning cannot clip gradients of a
-    fused optimizer under fp16's scaler.
+    fused optimizer under fp16's scaler. A state that is loaded leaves the settings as they are here.
     """
     options: dict[str, Any] = {"betas": optim.betas, "eps": optim.eps, "momentum": optim.momentum}
     options["fused"] = True if fused and optim.name in FUSED else None
-    return create_optimizer_v2(
+    optimizer = create_optimizer_v2(
         model,
         optim.name,
         lr=scaled_lr(optim, global_batch),
@@ -37,6 +37,17 @@ def build_optimizer(
         layer_decay=optim.layer_decay,
         **{name: value for name, value in options.items() if value is not None},
     )
+    optimizer.register_load_state_dict_pre_hook(_keep_settings)
+    return optimizer
+
+
+def _keep_settings(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """Return `state` with the settings of `optimizer`, weight decay and the like, in place of its own."""
+    groups = [
+        {**saved, **own, "params": saved["params"]}
+        for own, saved in zip(optimizer.param_groups, state["param_groups"], strict=True)
+    ]
+    return {**state, "param_groups": groups}
 
 
 def build_schedule(

@@ -63,7 +63,7 @@ def train(loaded: LoadedRecipe) -> Path:
     last = folder / "checkpoints" / "last.ckpt"
     if last.exists():
         _check_same_recipe(folder, loaded)
-    _write_recipe(folder, loaded)
+    _prepare(folder, loaded)
 
     seed_everything(recipe.trainer.seed, verbose=False)
     data = build_data(recipe.data, recipe.augment, seed=recipe.trainer.seed, overfit=recipe.trainer.overfit)
@@ -126,8 +126,10 @@ def load_target(target: str, overrides: Sequence[str] = ()) -> LoadedRecipe:
 
 
 @rank_zero_only
-def _write_recipe(folder: Path, loaded: LoadedRecipe) -> None:
+def _prepare(folder: Path, loaded: LoadedRecipe) -> None:
     folder.mkdir(parents=True, exist_ok=True)
+    for part in folder.rglob(".*.part"):  # of a run that was killed while it wrote
+        part.unlink()
     with replacing(folder / "recipe.yaml") as part:
         part.write_text(loaded.to_yaml())
 

@@ -1,5 +1,8 @@
 """Runs of a second or less: a tiny UniFormer on synthetic images, whole, broken off and resumed."""
 
+import os
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -12,7 +15,6 @@ from effbackbones.config import LoadedRecipe, load_recipe
 from effbackbones.train import run
 from effbackbones.train.callbacks.pictures import Pictures
 
-STEPS_PER_EPOCH = 6
 RECIPE = """
 model:
   name: uniformer_small
@@ -29,29 +31,21 @@ trainer:
   accelerator: cpu
   log_every: 1
 """
+"""Two epochs of 6 steps."""
+
+TOOLS = Path(__file__).parents[2] / "tools"
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}  # as many threads as in this process: sums have one order
 
 
-class BrokenOffError(Exception):
-    pass
+def small_recipe(folder: Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
+    """Return RECIPE with the run folder `folder`."""
+    return load_recipe(write_recipe(folder.parent), [f"run.dir={folder}", *overrides])
 
 
-class BreakOff(Callback):
-    """Stops a run by an exception in one hook, after a number of steps."""
-
-    def __init__(self, hook: str, step: int) -> None:
-        self.step = step
-        setattr(self, hook, self._break_off)
-
-    def _break_off(self, trainer: Any, *args: Any) -> None:
-        if trainer.global_step == self.step:
-            raise BrokenOffError
-
-
-def small_recipe(folder: Path, *overrides: str) -> LoadedRecipe:
-    """Return a recipe whose run takes 12 steps in 2 epochs, in the run folder `folder`."""
-    path = folder.parent / "small.yaml"
+def write_recipe(folder: Path) -> Path:
+    path = folder / "small.yaml"
     path.write_text(RECIPE)
-    return load_recipe(path, [f"run.dir={folder}", *overrides])
+    return path
 
 
 def train(loaded: LoadedRecipe, *callbacks: Callback, pictures: bool = False) -> Path:
@@ -65,12 +59,38 @@ def train(loaded: LoadedRecipe, *callbacks: Callback, pictures: bool = False) ->
         return run.train(loaded)
 
 
+class BrokenOffError(Exception):
+    pass
+
+
+class BreakOff(Callback):
+    """Stops a run by an exception in one hook, after a number of optimizer steps."""
+
+    def __init__(self, hook: str, step: int) -> None:
+        self.step = step
+        setattr(self, hook, self.break_off)
+
+    def break_off(self, trainer: Any, *args: Any) -> None:
+        if trainer.global_step == self.step:
+            raise BrokenOffError
+
+
+def train_command(*arguments: str) -> list[str]:
+    return [sys.executable, str(TOOLS / "train.py"), *arguments]
+
+
 def checkpoint(folder: Path, name: str = "last") -> dict[str, Any]:
     return torch.load(folder / "checkpoints" / f"{name}.ckpt", weights_only=True)
 
 
+def outcome(folder: Path) -> dict[str, Any]:
+    """Return all that a run leaves behind, but for the text of its recipe and its pictures."""
+    last, best = ({**checkpoint(folder, name), "recipe": None} for name in ("last", "best"))
+    return {"last": last, "best": best, "metrics": (folder / "metrics.csv").read_text().splitlines()}
+
+
 def differences(one: Any, other: Any, where: str = "") -> list[str]:
-    """Return the places where two nested structures differ; tensors are equal bit for bit or not at all."""
+    """Return the places where two nested structures differ; tensors are equal bit for bit or they differ."""
     if type(one) is not type(other):
         return [f"{where}: {type(one).__name__} and {type(other).__name__}"]
     if isinstance(one, dict):
@@ -80,7 +100,8 @@ def differences(one: Any, other: Any, where: str = "") -> list[str]:
     if isinstance(one, (list, tuple)):
         if len(one) != len(other):
             return [f"{where}: {len(one)} and {len(other)} entries"]
-        return [line for i, pair in enumerate(zip(one, other)) for line in differences(*pair, f"{where}[{i}]")]
+        pairs = zip(one, other, strict=True)
+        return [line for i, pair in enumerate(pairs) for line in differences(*pair, f"{where}[{i}]")]
     if isinstance(one, Tensor):
-        return [] if torch.equal(one, other) else [f"{where}: tensors differ"]
+        return [] if torch.equal(one, other) else [f"{where}: other values"]
     return [] if one == other else [f"{where}: {one} and {other}"]

@@ -1,13 +1,16 @@
 """The pictures of a run folder."""
 
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 
+from effbackbones.data import LEFT_OUT
 from effbackbones.viz.curves import plot_curves
 from effbackbones.viz.predictions import draw_predictions
 
@@ -37,10 +40,13 @@ class Pictures(Callback):
     @torch.no_grad()
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         data = trainer.datamodule  # type: ignore[attr-defined]
-        count = min(self.images, len(data.val_dataset))
-        images, targets = zip(*(data.val_dataset[i] for i in range(count)), strict=True)
+        model: Any = pl_module.model
+        # Images in a fixed random order: folders are sorted by class.
+        order = torch.randperm(len(data.val_dataset), generator=torch.Generator().manual_seed(0)).tolist()
+        readable = (sample for sample in map(data.val_dataset.__getitem__, order) if sample[1] != LEFT_OUT)
+        images, targets = zip(*islice(readable, self.images), strict=True)
         images_bchw = torch.stack(images)
-        pl_module.model.eval()  # type: ignore[operator, union-attr]
-        probs_bk = pl_module.model(images_bchw.to(pl_module.device)).float().softmax(-1).cpu()
+        model.eval()
+        probs_bk = model(images_bchw.to(pl_module.device)).float().softmax(-1).cpu()
         out = self.folder / "predictions.png"
         draw_predictions(images_bchw, probs_bk, data.classes, torch.tensor(targets), out, mean=self.mean, std=self.std)

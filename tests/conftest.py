@@ -1,0 +1,16 @@
+"""What all tests share."""
+
+import pytest
+import torch
+
+
+def pytest_configure() -> None:
+    # Small models on one thread: workers side by side do not slow each other down, and sums have one order.
+    torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

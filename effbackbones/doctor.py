@@ -8,8 +8,9 @@ import torch
 from effbackbones.layers import attention_report
 
 PACKAGES = (
-    *("effbackbones", "torch", "torchvision", "timm", "lightning", "omegaconf", "torchmetrics", "safetensors"),
-    *("matplotlib", "xformers", "tensorboard", "wandb", "webdataset", "datasets", "onnx", "onnxruntime", "onnxscript"),
+    *("effbackbones", "torch", "torchvision", "numpy", "pillow", "timm", "lightning", "omegaconf", "pyyaml"),
+    *("torchmetrics", "safetensors", "matplotlib", "xformers", "tensorboard", "wandb", "webdataset", "datasets"),
+    *("onnx", "onnxruntime", "onnxscript"),
     *("onedl-mmcv", "onedl-mmengine", "onedl-mmdetection", "onedl-mmsegmentation"),
 )
 

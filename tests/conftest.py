@@ -1,11 +1,15 @@
 """What all tests share."""
 
+import os
+
 import pytest
 import torch
 
 
 def pytest_configure() -> None:
     # Small models on one thread: workers side by side do not slow each other down, and sums have one order.
+    # In the environment it is for the processes that tests start, and for Lightning, which counts the cores otherwise.
+    os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
 
 

@@ -1,6 +1,5 @@
 """Prediction with ImageNet-1K checkpoints of registered models."""
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -8,10 +7,10 @@ from typing import Any
 import pytest
 import timm
 import torch
-from parity.parity import reference_state_dict
 from PIL import Image
-from tiny_checkout import ROOT
+from project import ROOT
 from timm.data import ImageNetInfo, create_transform, resolve_model_data_config
+from tiny_checkout import official_weights
 
 from effbackbones.checkpoint import CheckpointError
 from effbackbones.cli import main
@@ -25,10 +24,7 @@ IMAGES = [str(ROOT / "data" / "samples" / f"{name}.png") for name in ("bag", "dr
 @pytest.fixture(scope="module")
 def weights() -> dict[str, torch.Tensor]:
     """Return weights of MODEL in the official format, float32."""
-    meta = json.loads((ROOT / "tests" / "parity" / "uniformer" / f"{MODEL}_128x128.json").read_text())
-    return {
-        key: value.float() if value.is_floating_point() else value for key, value in reference_state_dict(meta).items()
-    }
+    return official_weights(f"uniformer/{MODEL}_128x128")
 
 
 @pytest.fixture(scope="module")

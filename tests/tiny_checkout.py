@@ -6,10 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from parity.parity import reference_state_dict
+from project import ROOT
 
 from effbackbones.cli import main
 
-ROOT = Path(__file__).parents[1]
 RECIPE = f"""extends: {json.dumps(str(ROOT / "recipes" / "quickstart.yaml"))}
 model:
   name: uniformer_small
@@ -17,6 +19,8 @@ model:
 data:
   batch_size: 8
   eval_batch_size: 8
+optim:
+  lr: 2e-3
 schedule:
   warmup_epochs: 0
 trainer:
@@ -34,6 +38,13 @@ def make_checkout(folder: Path) -> Path:
     (folder / "recipes" / "quickstart.yaml").write_text(RECIPE, encoding="utf-8")
     (folder / "data").symlink_to(ROOT / "data")
     return folder
+
+
+def official_weights(fixture: str) -> dict[str, torch.Tensor]:
+    """Return the float32 weights of a parity fixture (uniformer/uniformer_xxs_128x128) in the official format."""
+    meta = json.loads((ROOT / "tests" / "parity" / f"{fixture}.json").read_text(encoding="utf-8"))
+    weights = reference_state_dict(meta)
+    return {key: value.float() if value.is_floating_point() else value for key, value in weights.items()}
 
 
 def train_quickstart(folder: Path) -> str:

@@ -63,6 +63,7 @@ def train(loaded: LoadedRecipe) -> Path:
     last = folder / "checkpoints" / "last.ckpt"
     if last.exists():
         _check_same_recipe(folder, loaded)
+    recipe.run.force = False  # said to this command, not to those that find recipe.yaml
     _prepare(folder, loaded)
 
     seed_everything(recipe.trainer.seed, verbose=False)
@@ -153,6 +154,7 @@ def _trainer(recipe: Recipe, folder: Path | None, loggers: list[Logger] | bool, 
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
     warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")
+    warnings.filterwarnings("ignore", message=".*sync_dist=True.*")  # torchmetrics has added up the ranks already
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*", category=FutureWarning)
     return Trainer(
         accelerator=cfg.accelerator,

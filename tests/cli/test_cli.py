@@ -11,7 +11,8 @@ from typing import NamedTuple
 import pytest
 import timm
 import torch
-from tiny_checkout import RECIPE, ROOT, make_checkout, train_quickstart
+from project import ROOT
+from tiny_checkout import RECIPE, make_checkout, train_quickstart
 
 from effbackbones import __version__, doctor
 from effbackbones.assets import list_recipes

@@ -254,6 +254,7 @@ def test_reset_classifier_gives_a_trainable_one_of_other_width(name):
     x = images(2, 3, 64, 64, dtype=torch.float64)
     assert model.num_classes == 7
     assert model.get_classifier().out_features == 7
+    assert not model.get_classifier().bias.any()
     with torch.no_grad():
         assert model(x).shape == (2, 7)
     assert all(grad.isfinite().all() for grad in gradients(model.train(), x).values())
@@ -534,6 +535,13 @@ def test_checkpoint_of_other_classes_loads_without_its_classifier(name, checkpoi
         {key: value for key, value in state.items() if not key.startswith("head")}, shared(name).state_dict()
     )
     assert all(num_classes in value.shape for key, value in state.items() if key == "head.fc.weight")
+
+
+@each_class
+def test_checkpoint_without_classifier_loads_into_model_of_other_classes(name):
+    headless = own(name, num_classes=0).state_dict()
+    model = timm.create_model(name, depths=DEPTHS, num_classes=7)
+    assert_same_entries(checkpoint_filter_fn(headless, model), headless)
 
 
 @each_distinct

@@ -151,6 +151,20 @@ def test_pruning_at_any_size_equals_the_literal_implementation(size):
     assert_same_numbers(ported("uniformer_xxs", config, head_dim=8, mlp_ratio=2), config, size)
 
 
+@pytest.mark.parametrize("grid", [(1, 1), (1, 2), (2, 2), (3, 3)], ids=str)  # 1 x 2 drops one token, and scores it
+@torch.no_grad()
+def test_pruning_block_equals_the_literal_one_in_map_class_token_and_score(grid):
+    torch.manual_seed(0)
+    block = PruningBlock(8, 4, 2, 0.0, None).double().eval()
+    x, cls = torch.randn(3, 8, *grid, dtype=torch.float64), torch.randn(3, 1, 8, dtype=torch.float64)
+    score = torch.rand(3, grid[0] * grid[1], dtype=torch.float64)
+    state = {f"block.{key}": value for key, value in block.state_dict().items()}
+    for given in (None, score):
+        expected = reference._light_block(state, "block", x, cls, given, heads=2)
+        for ours, theirs in zip(block(x, cls, given), expected, strict=True):
+            assert error(ours, theirs) < 1e-12
+
+
 @pytest.mark.parametrize("dense", [False, True], ids=["classifier", "dense"])
 @pytest.mark.parametrize("name", VARIANTS)
 def test_official_keys_of_full_size_map_one_to_one(name, dense):
@@ -377,6 +391,13 @@ def test_token_labelling_training_output_is_a_triple_on_the_grid_of_tokens():
     top, bottom, left, right = box.tolist()
     assert 0 <= top <= bottom <= 3
     assert 0 <= left <= right <= 4
+
+
+@torch.no_grad()
+def test_token_labelling_box_is_rounded_down_to_tokens(monkeypatch):
+    monkeypatch.setattr(uniformer, "random_box", lambda *_: torch.tensor([7, 17, 9, 15]))
+    model = timm.create_model("uniformer_small_tl", depths=(1, 1, 1, 1), dims=(8, 8, 64, 64)).train()
+    assert model(torch.randn(2, 3, 128, 64))[2].tolist() == [0, 2, 1, 1]
 
 
 @torch.no_grad()

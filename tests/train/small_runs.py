@@ -1,6 +1,5 @@
 """Runs of a second or less: a tiny UniFormer on synthetic images, whole, broken off and resumed."""
 
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,7 +33,6 @@ trainer:
 """Two epochs of 6 steps."""
 
 TOOLS = Path(__file__).parents[2] / "tools"
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}  # as many threads as in this process: sums have one order
 
 
 def small_recipe(folder: Path, overrides: Sequence[str] = ()) -> LoadedRecipe:

@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from small_runs import ENVIRONMENT, checkpoint, differences, outcome, small_recipe, train, train_command, write_recipe
+from small_runs import checkpoint, differences, outcome, small_recipe, train, train_command, write_recipe
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::UserWarning:lightning")]
 
@@ -40,7 +40,7 @@ def killed(tmp_path_factory):
     arguments = [str(write_recipe(folder.parent)), f"run.dir={folder}", *OVERRIDES]
     found = {"folder": folder}
 
-    process = subprocess.Popen(train_command(*arguments), env=ENVIRONMENT, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(train_command(*arguments), stdout=subprocess.DEVNULL)
     kill_at, metrics = random.randrange(8, 20), folder / "metrics.csv"
     while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") > kill_at):
         time.sleep(0.005)
@@ -49,11 +49,11 @@ def killed(tmp_path_factory):
     found["first step"] = checkpoint(folder)["global_step"]
 
     in_saving = [sys.executable, "-c", KILLED_IN_SAVING, *arguments]
-    found["second code"] = subprocess.run(in_saving, env=ENVIRONMENT, stdout=subprocess.DEVNULL).returncode
+    found["second code"] = subprocess.run(in_saving, stdout=subprocess.DEVNULL).returncode
     found["second step"] = checkpoint(folder)["global_step"]
     found["second files"] = sorted(path.name for path in (folder / "checkpoints").iterdir())
 
-    last = subprocess.run(train_command(*arguments), env=ENVIRONMENT, capture_output=True, text=True, check=True)
+    last = subprocess.run(train_command(*arguments), capture_output=True, text=True, check=True)
     found["words"] = last.stdout
     return found
 

@@ -6,6 +6,7 @@ from small_runs import BreakOff, BrokenOffError, checkpoint, differences, outcom
 
 from effbackbones.cli import main
 from effbackbones.config import RecipeError
+from effbackbones.train.run import load_target
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning")
 
@@ -180,3 +181,9 @@ def test_forced_run_goes_on_with_the_new_settings(stopped):
     assert [group["lr"] for group in rates] == pytest.approx([0.002 * (1 - step / 18) for step in range(8, 18)])
     assert {group["weight_decay"] for group in rates} == {0.3}
     assert checkpoint(stopped)["global_step"] == 18
+
+
+def test_force_is_for_one_command(stopped):
+    train(small_recipe(stopped, ["run.force=true", "trainer.epochs=3"]))
+    with pytest.raises(RecipeError, match=r"optim\.lr"):
+        train(load_target(str(stopped), ["optim.lr=0.1"]))

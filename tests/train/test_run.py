@@ -88,6 +88,19 @@ def test_small_run_with_the_same_seed_is_the_same_and_with_another_is_not(tmp_pa
     assert (one / "metrics.csv").read_text() != (other / "metrics.csv").read_text()
 
 
+@pytest.mark.parametrize(
+    ("option", "tolerance"),
+    [("model.grad_checkpointing=true", 1e-6), ("model.channels_last=true", 1e-4), ("trainer.precision=bf16", 0.05)],
+)
+def test_option_of_the_computation_changes_no_more_than_the_rounding(tmp_path, option, tolerance):
+    def losses(folder):
+        return [float(row["train/loss"]) for row in csv.DictReader((folder / "metrics.csv").open())]
+
+    recipe = ["model.drop_path_rate=0.3", "trainer.steps=3"]
+    plain = losses(train(small_recipe(tmp_path / "plain", recipe)))
+    assert losses(train(small_recipe(tmp_path / "option", [*recipe, option]))) == pytest.approx(plain, rel=tolerance)
+
+
 def test_model_learns_one_batch_by_heart(tmp_path):
     overrides = [f"run.dir={tmp_path / 'run'}", "trainer.epochs=1", "data.batch_size=16"]
     folder = train(load_recipe("debug/overfit_batch", overrides))

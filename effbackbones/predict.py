@@ -45,7 +45,7 @@ class Predictor:
         recipe = load_target(str(folder)).recipe
         classes = read_checkpoint(path)["classes"]
         model = build_model(recipe, len(classes))
-        load_weights(model, path, ema=recipe.trainer.monitor == "top1_ema")
+        load_weights(model, path, recipe.trainer.monitor == "top1_ema", same_classes=True)
         return cls(model, eval_transform(recipe.data), classes)
 
     @classmethod

@@ -17,13 +17,13 @@ from torch import Tensor
 
 import effbackbones  # noqa: F401
 from effbackbones.checkpoint import (
-    AtomicCheckpointIO,
     CheckpointError,
     load_weights,
     read_checkpoint,
     run_checkpoint,
     strip_wrappers,
 )
+from effbackbones.train.callbacks.checkpoints import AtomicCheckpointIO
 
 WEIGHTS = {"stem.weight": torch.arange(6.0).reshape(2, 3), "head.fc.bias": torch.ones(4)}
 AVERAGED = {key: value + 1 for key, value in WEIGHTS.items()}
@@ -381,7 +381,8 @@ def test_atomic_io_whose_save_fails_keeps_the_previous_file_and_nothing_else(tmp
 KILLED_WHILE_SAVING = """
 import os, signal, sys, torch
 from effbackbones import files
-from effbackbones.checkpoint import AtomicCheckpointIO, read_checkpoint
+from effbackbones.train.callbacks.checkpoints import AtomicCheckpointIO
+from effbackbones.checkpoint import read_checkpoint
 
 path = sys.argv[1]
 

@@ -199,7 +199,7 @@ def _find(name: str) -> Path:
         return Path(name)
     recipes = list_recipes()
     if name not in recipes:
-        message = "no such recipe: expected the path of a .yaml file or a name that `effb ls` lists"
+        message = "no such recipe: expected the path of a .yaml file, a run folder, or a name that `effb ls` lists"
         raise RecipeError(f"{_show(name)}: {message}{_nearest(name, recipes, count=3)}")
     return recipes[name]
 

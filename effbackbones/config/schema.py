@@ -21,11 +21,14 @@ def key(default: Any, help: str, *, ge: float | None = None, gt: float | None = 
 class ModelConfig:
     name: str = key("", "model of the timm registry, such as uniformer_small (required)")
     checkpoint: str | None = key(None, "weights to start from: a weight file (official format or ours) or a run folder")
-    drop_rate: float = key(0.0, "dropout of the classifier head and of MLPs", ge=0, le=1)
+    drop_rate: float = key(0.0, "dropout in front of the classifier", ge=0, le=1)
     drop_path_rate: float = key(0.0, "stochastic depth of the last block; earlier blocks scale linearly", ge=0, le=1)
     args: dict[str, Any] = key({}, "further constructor arguments of the model, such as attention: window")
     norm_eval: bool = key(False, "keep the statistics of batch norms frozen while training")
-    grad_checkpointing: bool = key(False, "recompute activations in the backward pass: less memory, about 30% slower")
+    grad_checkpointing: bool = key(
+        False,
+        "recompute activations in the backward pass: less memory, slower; batch-norm statistics move twice a step",
+    )
     compile: bool = key(False, "torch.compile the model: minutes of compilation, then faster steps")
     channels_last: bool = key(False, "store activations as NHWC: often faster convolutions")
 

@@ -3,8 +3,6 @@
 Layouts in names: b batch, c channels, h and w rows and columns, n tokens in raster order.
 """
 
-import logging
-import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, Literal
 
@@ -14,9 +12,7 @@ from timm.models import build_model_with_cfg, checkpoint
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-_logger = logging.getLogger(__name__)
-
-KeyMap = Sequence[tuple[str, str | Callable[[re.Match[str]], str]]]
+from effbackbones.checkpoint import KeyMap, checkpoint_filter_fn
 
 
 class Stage(nn.Module):
@@ -231,79 +227,6 @@ def init_linear(module: nn.Module) -> None:
         trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
-
-
-def checkpoint_filter_fn(state_dict: dict[str, Any], model: Any) -> dict[str, Tensor]:
-    """Return `state_dict`, an official checkpoint's or ours, as a complete state dict of `model`.
-
-    `model` is a :class:`HierarchicalBackbone`, or another model of timm, which has its one format. Whatever a training
-    tool wrapped around the weights is taken off. The classifier of a checkpoint is left out where the model has another
-    number of classes than `model.pretrained_cfg` names, and in dense mode, where the output norms that a classifier's
-    checkpoint lacks keep their fresh values; the log names both.
-
-    Raises:
-        CheckpointError: Keys are missing, unknown or of the wrong shape; the message names them all.
-    """
-    from effbackbones.checkpoint import CheckpointError, strip_wrappers  # brings Lightning, which models do without
-
-    weights = strip_wrappers(state_dict)
-    if not any(key.startswith("stages.0.blocks.") for key in weights):
-        key_map = getattr(model, "official_keys", ())
-        weights = {_our_key(key, key_map): value for key, value in weights.items()}
-    own = model.state_dict()
-    cfg = model.pretrained_cfg
-
-    optional: tuple[str, ...] = ()
-    if getattr(model, "dense", False):
-        optional = ("norm.", "head.", "head_")
-        fresh = [key for key in own if key.startswith("norms.") and key not in weights]
-        if fresh:
-            _logger.info("Not in the checkpoint, left at their initial values: %s", ", ".join(fresh))
-        weights.update({key: own[key] for key in fresh})
-    elif model.num_classes != cfg.get("num_classes", model.num_classes):
-        optional = tuple(f"{name}." for name in _names(cfg["classifier"]))
-    left_out = [key for key in weights if key.startswith(optional)]
-    if left_out:
-        _logger.info("In the checkpoint, not in the model or of other classes: %s", ", ".join(left_out))
-
-    # The number of steps a batch norm has seen has no influence at a fixed momentum, and some files lack it.
-    weights.update({k: own[k] for k in own if k.endswith("num_batches_tracked") and k not in weights})
-
-    missing = [key for key in own if key not in weights and not key.startswith(optional)]
-    unknown = [key for key in weights if key not in own and key not in left_out]
-    fitting = {key: [value.shape] for key, value in own.items()}
-    for key in (f"{name}.weight" for name in _names(cfg["first_conv"])):
-        # timm adapts the image channels of its pretrained weights to the model's.
-        fitting[key].append(torch.Size([len(own[key]), cfg["input_size"][0], *own[key].shape[2:]]))
-    shapes = [
-        f"{key}: {tuple(value.shape)} in the checkpoint, {tuple(own[key].shape)} in the model"
-        for key, value in weights.items()
-        if key in own and key not in left_out and value.shape not in fitting[key]
-    ]
-    if missing or unknown or shapes:
-        problems = [
-            *([f"missing: {', '.join(missing)}"] if missing else []),
-            *([f"unknown: {', '.join(unknown)}"] if unknown else []),
-            *([f"wrong shape: {'; '.join(shapes)}"] if shapes else []),
-        ]
-        name = cfg.get("architecture", type(model).__name__)
-        raise CheckpointError(
-            f"the checkpoint does not fit {name}: " + "\n  ".join(problems) + "\nIs it a checkpoint of another variant?"
-        )
-    return {key: value for key, value in weights.items() if key not in left_out}
-
-
-def _names(entry: str | Sequence[str] | None) -> tuple[str, ...]:
-    """Return the layers that an entry of a pretrained config names: one, several or none."""
-    return (entry,) if isinstance(entry, str) else tuple(entry or ())
-
-
-def _our_key(key: str, key_map: KeyMap) -> str:
-    for pattern, replacement in key_map:
-        new, count = re.subn(pattern, replacement, key)
-        if count:
-            return new
-    return key
 
 
 def create_backbone(cls: type[HierarchicalBackbone], variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:

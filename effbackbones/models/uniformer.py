@@ -18,8 +18,9 @@ from timm.layers import DropPath, LayerNorm2d, calculate_drop_path_rates
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
+from effbackbones.checkpoint import KeyMap
 from effbackbones.layers import attend
-from effbackbones.models._hierarchical import HierarchicalBackbone, KeyMap, Stage, create_backbone, init_linear
+from effbackbones.models._hierarchical import HierarchicalBackbone, Stage, create_backbone, init_linear
 
 
 class PatchEmbed(nn.Module):
@@ -276,7 +277,7 @@ class UniFormer(HierarchicalBackbone):
         window_size: Side of a window, in tokens.
 
     Raises:
-        ValueError: `attention` is unknown.
+        ValueError: `attention` is unknown, or `head_dim` does not divide the widths of stages 2 and 3.
     """
 
     attention_block: ClassVar[type[AttentionBlock]] = AttentionBlock
@@ -322,6 +323,8 @@ class UniFormer(HierarchicalBackbone):
         attention = attention or ("hybrid" if dense else "global")
         if attention not in ("global", "window", "hybrid"):
             raise ValueError(f"attention={attention!r}: expected global, window or hybrid")
+        if dims[2] % head_dim or dims[3] % head_dim:
+            raise ValueError(f"head_dim={head_dim} does not divide dims {dims[2]} and {dims[3]} of stages 2 and 3")
         rates: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         downsample = ConvDownsample if conv_downsample else partial(PatchEmbed, size=2)
         stages = []

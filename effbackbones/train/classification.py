@@ -17,7 +17,7 @@ from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from effbackbones.checkpoint import load_weights
-from effbackbones.config.schema import Recipe
+from effbackbones.config import Recipe, RecipeError
 from effbackbones.data import LEFT_OUT, build_mixup
 from effbackbones.data.sampler import derive_seed
 from effbackbones.train.optim import build_optimizer, build_schedule
@@ -26,11 +26,20 @@ Batch = tuple[Tensor, Tensor]
 
 
 def build_model(recipe: Recipe, num_classes: int) -> Any:
-    """Return the recipe's model with `num_classes` outputs and fresh weights."""
+    """Return the recipe's model with `num_classes` outputs and fresh weights.
+
+    Raises:
+        RecipeError: The model does not take `model.args`.
+    """
     cfg = recipe.model
-    model: Any = timm.create_model(
-        cfg.name, num_classes=num_classes, drop_rate=cfg.drop_rate, drop_path_rate=cfg.drop_path_rate, **cfg.args
-    )
+    try:
+        model: Any = timm.create_model(
+            cfg.name, num_classes=num_classes, drop_rate=cfg.drop_rate, drop_path_rate=cfg.drop_path_rate, **cfg.args
+        )
+    except (TypeError, ValueError) as error:
+        if not cfg.args:
+            raise
+        raise RecipeError(f"model.args: {cfg.name} does not take {cfg.args}: {error}") from error
     return model.to(memory_format=torch.channels_last) if cfg.channels_last else model
 
 
@@ -74,9 +83,9 @@ class ClassificationModule(LightningModule):
         # One collection for each model that is evaluated: the trained one and, where it is kept, its average.
         self.metrics = nn.ModuleList([metrics] if self.ema is None else [metrics, metrics.clone(postfix="_ema")])
 
-    def load_weights(self, path: str | Path, ema: bool = False) -> None:
-        """Start from the weights of a file or a run folder; with `ema`, from its averaged ones."""
-        load_weights(self.model, path, ema)
+    def load_weights(self, path: str | Path, ema: bool = False, same_classes: bool = False) -> None:
+        """Start from the weights of a file or a run folder, as :func:`effbackbones.checkpoint.load_weights` does."""
+        load_weights(self.model, path, ema, same_classes)
         if self.ema is not None:
             self.ema.set(self.model)
 

@@ -1,6 +1,7 @@
 """A run: from a recipe to a run folder, and from a run folder to an evaluation."""
 
 import logging
+import shlex
 import warnings
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -11,11 +12,11 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from effbackbones.checkpoint import AtomicCheckpointIO, CheckpointError, read_checkpoint, run_checkpoint
+from effbackbones.checkpoint import CheckpointError, read_checkpoint, run_checkpoint
 from effbackbones.config import LoadedRecipe, Recipe, RecipeError, explain, load_recipe
 from effbackbones.data import ImageData, build_data
 from effbackbones.files import replacing
-from effbackbones.train.callbacks.checkpoints import RunCheckpoints
+from effbackbones.train.callbacks.checkpoints import AtomicCheckpointIO, RunCheckpoints
 from effbackbones.train.callbacks.finite import FiniteGuard
 from effbackbones.train.callbacks.pictures import Pictures
 from effbackbones.train.callbacks.progress import ProgressLine
@@ -64,7 +65,6 @@ def train(loaded: LoadedRecipe) -> Path:
     if last.exists():
         _check_same_recipe(folder, loaded)
     recipe.run.force = False  # said to this command, not to those that find recipe.yaml
-    _prepare(folder, loaded)
 
     seed_everything(recipe.trainer.seed, verbose=False)
     data = build_data(recipe.data, recipe.augment, seed=recipe.trainer.seed, overfit=recipe.trainer.overfit)
@@ -72,6 +72,7 @@ def train(loaded: LoadedRecipe) -> Path:
     if recipe.model.checkpoint and not last.exists():
         module.load_weights(recipe.model.checkpoint)
 
+    _prepare(folder, loaded)
     logger = MetricsCSV(folder)
     trainer = _trainer(recipe, folder, [logger, *_optional_loggers(folder)], _callbacks(recipe, folder))
     step = read_checkpoint(last)["global_step"] if last.exists() else 0
@@ -79,6 +80,8 @@ def train(loaded: LoadedRecipe) -> Path:
     if step:
         trainer.print(f"Resuming {folder} at step {step}.")
     trainer.fit(module, datamodule=data, ckpt_path=last if last.exists() else None, weights_only=True)
+    if step == trainer.global_step:
+        trainer.print("The run is complete: nothing was left to train.")
     trainer.print(_closing_words(folder, trainer, data))
     return folder
 
@@ -102,7 +105,7 @@ def evaluate(target: str, overrides: Sequence[str] = ()) -> dict[str, float]:
     recipe.ema.decay, ema = None, is_run and recipe.trainer.monitor == "top1_ema"
     data = build_data(recipe.data, recipe.augment, seed=recipe.trainer.seed, overfit=recipe.trainer.overfit)
     module = ClassificationModule(recipe, data.classes, loaded.to_yaml())
-    module.load_weights(checkpoint, ema)
+    module.load_weights(checkpoint, ema, same_classes=True)
     trainer = _trainer(recipe, None, False, [ProgressLine()])
     trainer.print(f"Evaluating {checkpoint} on {len(data.val_dataset)} images.")
     (metrics,) = trainer.validate(module, datamodule=data, verbose=False)
@@ -199,17 +202,18 @@ def _optional_loggers(folder: Path) -> list[Logger]:
 
 def _closing_words(folder: Path, trainer: Trainer, data: ImageData) -> str:
     checkpoints = next(c for c in trainer.checkpoint_callbacks if isinstance(c, RunCheckpoints))
+    name = shlex.quote(str(folder))
     lines = []
     if checkpoints.best_score is not None:
-        name, score = checkpoints.monitor.removeprefix("val/"), checkpoints.best_score
-        lines.append(f"Best {name}: {score:.4f}" if name == "loss" else f"Best {name}: {100 * score:.2f}%")
+        metric, score = checkpoints.monitor.removeprefix("val/"), checkpoints.best_score
+        lines.append(f"Best {metric}: {score:.4f}" if metric == "loss" else f"Best {metric}: {100 * score:.2f}%")
         lines.append(f"  checkpoint  {checkpoints.best}")
     if data.bad_images:
         lines.append(f"  skipped     {data.bad_images} images that could not be read")
     lines += [
         f"  pictures    {folder / 'curves.png'}  {folder / 'predictions.png'}",
-        f"  evaluate    effb eval {folder}",
-        f"  predict     effb predict IMAGE --run {folder}",
-        f"  resume      effb train {folder}",
+        f"  evaluate    effb eval {name}",
+        f"  predict     effb predict IMAGE --run {name}",
+        f"  resume      effb train {name}",
     ]
     return "\n".join(lines)

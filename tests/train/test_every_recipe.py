@@ -8,8 +8,8 @@ from lightning.pytorch import Callback
 from small_runs import train
 
 from effbackbones.assets import asset_dir
-from effbackbones.checkpoint import AtomicCheckpointIO
 from effbackbones.config import load_recipe
+from effbackbones.train.callbacks.checkpoints import AtomicCheckpointIO
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning")
 

@@ -1,4 +1,4 @@
-"""Which checkpoints a run keeps."""
+"""Which checkpoints a run keeps, and how they are written and read."""
 
 import math
 from pathlib import Path
@@ -6,7 +6,10 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
+
+from effbackbones.checkpoint import read_checkpoint, write_checkpoint
 
 
 class RunCheckpoints(Checkpoint):
@@ -66,3 +69,16 @@ class RunCheckpoints(Checkpoint):
         if trainer.global_step != self._saved_at:
             self._saved_at = trainer.global_step
             trainer.save_checkpoint(self.last)
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Lightning's checkpoint files: written whole or not at all, read with plain types only."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        write_checkpoint(checkpoint, path)
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = lambda storage, loc: storage, weights_only: bool | None = True
+    ) -> dict[str, Any]:
+        """Return the checkpoint at `path`, whatever `weights_only` says with plain types only."""
+        return read_checkpoint(path, map_location)

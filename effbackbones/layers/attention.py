@@ -73,9 +73,13 @@ def attend(
     if bias is not None and not bias.is_floating_point():
         raise TypeError(f"bias has dtype {bias.dtype}; expected a floating-point bias, which is added to the scores")
     if torch.compiler.is_compiling():
-        return (_plain if _choice == "plain" else _sdpa)(q, k, v, bias, scale, dropout_p)
-    _last = _pick(q, k, v, bias)
-    return _FUNCTIONS[_last](q, k, v, bias, scale, dropout_p)
+        function = _plain if _choice == "plain" else _sdpa
+    else:
+        _last = _pick(q, k, v, bias)
+        function = _FUNCTIONS[_last]
+    if k.shape[2] == 1 and not dropout_p:
+        function = _one_key
+    return function(q, k, v, bias, scale, dropout_p)
 
 
 def _pick(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> str:
@@ -195,6 +199,13 @@ def _xformers(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float
         for x in (q, k, v)
     )
     return memory_efficient_attention(q_bnhd, k_bmhd, v_bmhd, bias, dropout_p, scale).transpose(1, 2)
+
+
+def _one_key(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float | None, dropout_p: float) -> Tensor:
+    # The one weight is 1, whatever the score. Fused kernels give q and k rounding noise for a gradient that is zero,
+    # and Adam makes full steps of it. Empty sums keep q, k and bias in the graph, with that zero.
+    zero = sum(x[..., :0].sum() for x in (q, k, bias) if x is not None)
+    return (v + zero).to(_autocast_dtype(v)).expand(-1, -1, q.shape[2], -1)
 
 
 _FUNCTIONS = {"xformers": _xformers, "sdpa": _sdpa, "plain": _plain}

@@ -704,3 +704,18 @@ def test_attend_on_cuda_with_dropout_keeps_the_mean(name):
 @pytest.mark.gpu
 def test_attention_report_on_cuda_says_that_all_work():
     assert set(attention.attention_report().values()) == {"works"}
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("with_bias", [False, True], ids=["plain", "biased"])
+def test_one_key_gives_its_value_and_no_gradient_to_scores(with_bias, compiled):
+    q, k, v = (torch.randn(2, 3, n, 8, requires_grad=True) for n in (5, 1, 1))
+    bias = torch.randn(3, 5, 1, requires_grad=True) if with_bias else None
+    function = torch.compile(attend, fullgraph=True, backend="aot_eager") if compiled else attend
+    out = function(q, k, v, bias)
+    assert torch.equal(out, v.expand(2, 3, 5, 8))
+    weights = torch.randn_like(out)
+    (out * weights).sum().backward()
+    torch.testing.assert_close(v.grad, weights.sum(2, keepdim=True))
+    for x in (q, k, bias) if with_bias else (q, k):
+        assert torch.equal(x.grad, torch.zeros_like(x))

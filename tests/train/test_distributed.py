@@ -12,7 +12,6 @@ import pytest
 from small_runs import checkpoint, train, train_command, write_recipe
 
 from effbackbones.config import load_recipe
-from effbackbones.layers.attention import attention_backend
 from effbackbones.train.run import evaluate
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::UserWarning:lightning")]
@@ -28,7 +27,7 @@ def last_evaluation(folder):
 
 # The quickstart
 
-BATCH = 4
+BATCH = 8
 STEPS = 20
 OVERRIDES = [
     "trainer.accelerator=cpu",
@@ -37,9 +36,6 @@ OVERRIDES = [
     "model.norm_eval=true",  # statistics of a batch are those of a process
     "ema.decay=null",
 ]
-# On images of 32 pixels the last stage attends to one token. The gradient of its queries and keys is zero, and exactly
-# so in the plain formula; that of a fused kernel is rounding noise, which Adam makes as large as any other.
-PLAIN = os.environ | {"EFFBACKBONES_ATTENTION": "plain"}
 
 
 @pytest.fixture(scope="module")
@@ -49,14 +45,13 @@ def two_processes(tmp_path_factory):
     own = ["trainer.devices=2", "trainer.strategy=ddp", f"data.batch_size={BATCH}"]
     images = ["data.eval_batch_size=25", "trainer.limit_val=2"]
     command = train_command("quickstart", *OVERRIDES, *own, *images, f"run.dir={folder}")
-    subprocess.run(command, env=PLAIN, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return folder
 
 
 def test_two_processes_give_the_weights_of_one_with_their_batches_together(two_processes, tmp_path):
     own = ["trainer.devices=1", f"data.batch_size={2 * BATCH}", "trainer.limit_val=1", "data.eval_batch_size=1"]
-    with attention_backend("plain"):
-        one = checkpoint(train(load_recipe("quickstart", [*OVERRIDES, *own, f"run.dir={tmp_path / 'run'}"])))
+    one = checkpoint(train(load_recipe("quickstart", [*OVERRIDES, *own, f"run.dir={tmp_path / 'run'}"])))
     two = checkpoint(two_processes)
     assert one["global_step"] == two["global_step"] == STEPS
     assert one["state_dict"].keys() == two["state_dict"].keys()
@@ -65,6 +60,7 @@ def test_two_processes_give_the_weights_of_one_with_their_batches_together(two_p
         for name, value in one["state_dict"].items()
     }
     largest = max(distance, key=distance.__getitem__)
+    print(f"largest difference: {distance[largest]:.1e}, of {largest}")
     assert distance[largest] < 1e-5, largest
 
 

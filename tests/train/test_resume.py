@@ -98,7 +98,7 @@ def test_accumulating_run_is_never_saved_between_the_batches_of_a_step(uninterru
 
 
 @pytest.mark.parametrize("hook", ["on_train_batch_start", "on_validation_start"])
-@pytest.mark.parametrize("val_every", [1, 2])
+@pytest.mark.parametrize("val_every", [1, 5])
 def test_run_of_limited_steps_ends_with_its_evaluation_even_if_stopped(uninterrupted, tmp_path, hook, val_every):
     limits = ("trainer.steps=8", f"trainer.val_every={val_every}")
     step = 7 if hook == "on_train_batch_start" else 8

@@ -41,8 +41,8 @@ class FiniteGuard(Callback):
         assert self._loss is not None
         loss, self._loss = self._loss.float(), None
         grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        largest = torch.nn.utils.get_total_norm(grads, norm_type=float("inf"))
-        bad = torch.stack([~torch.isfinite(loss), ~torch.isfinite(largest.to(loss.device))]).float()
+        norm = torch.nn.utils.get_total_norm(grads)  # a gradient too large for its norm counts as not finite
+        bad = torch.stack([~torch.isfinite(loss), ~torch.isfinite(norm.to(loss.device))]).float()
         if trainer.world_size > 1:
             torch.distributed.all_reduce(bad, op=torch.distributed.ReduceOp.MAX)
         bad_loss, bad_grad = bad.bool().tolist()

@@ -20,7 +20,7 @@ from effbackbones.train.callbacks.checkpoints import AtomicCheckpointIO, RunChec
 from effbackbones.train.callbacks.finite import FiniteGuard
 from effbackbones.train.callbacks.pictures import Pictures
 from effbackbones.train.callbacks.progress import ProgressLine
-from effbackbones.train.callbacks.stop import StopAtStep
+from effbackbones.train.callbacks.stop import EndOfRun
 from effbackbones.train.classification import ClassificationModule
 from effbackbones.train.logger import MetricsCSV
 
@@ -189,7 +189,7 @@ def _callbacks(recipe: Recipe, folder: Path) -> list[Callback]:
         ProgressLine(),
         FiniteGuard(),
         Pictures(folder, data.mean, data.std),
-        *([StopAtStep(cfg.steps)] if cfg.steps else []),
+        EndOfRun(cfg.steps),
         RunCheckpoints(folder / "checkpoints", f"val/{cfg.monitor}", cfg.save_every),
     ]
 

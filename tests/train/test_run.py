@@ -12,6 +12,7 @@ from effbackbones.cli import main
 from effbackbones.config import load_recipe
 from effbackbones.train import run
 from effbackbones.train.callbacks import pictures as pictures_module
+from effbackbones.train.logger import read_metrics
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning")
 
@@ -53,6 +54,12 @@ def test_metrics_have_a_row_per_step_and_the_evaluations_at_the_ends_of_epochs(f
     assert [(row["epoch"], row["step"]) for row in rows] == [(str(1 + i // 6), str(1 + i)) for i in range(12)]
     assert all(float(row["train/loss"]) > 0 and float(row["lr"]) > 0 for row in rows)
     assert [row["step"] for row in rows if row["val/top1"]] == ["6", "12"]
+
+
+def test_run_ends_with_an_evaluation_whatever_the_interval_of_evaluations(tmp_path):
+    folder = train(small_recipe(tmp_path / "run", ["trainer.epochs=3", "trainer.val_every=2"]))
+    evaluated = [row["epoch"] for row in read_metrics(folder / "metrics.csv") if "val/top1" in row]
+    assert evaluated == [2, 3]
 
 
 def test_rows_of_metrics_are_as_far_apart_as_the_recipe_says(tmp_path):

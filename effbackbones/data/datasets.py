@@ -3,6 +3,7 @@
 import logging
 import random
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Literal, Protocol
 
 import numpy as np
@@ -91,7 +92,7 @@ class TrainImages(Dataset[tuple[Tensor, int]]):
             return self.transform(image), target
 
     def _read(self, index: int) -> tuple[Image.Image, int]:
-        for candidate in (*range(index, len(self)), *range(index)):
+        for candidate in chain(range(index, len(self)), range(index)):
             try:
                 return self.source[candidate]
             except BadImageError as error:

@@ -22,7 +22,7 @@ from effbackbones.files import replacing
 
 _logger = logging.getLogger(__name__)
 
-KeyMap = Sequence[tuple[str, str | Callable[[re.Match[str]], str]]]
+KeyMap = Sequence[tuple[str, str | Callable[[re.Match[str]], str] | None]]
 
 
 class CheckpointError(ValueError):
@@ -132,7 +132,10 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: Any) -> dict[str, Te
     weights = strip_wrappers(state_dict)
     if not any(key.startswith("stages.0.blocks.") for key in weights):
         key_map = getattr(model, "official_keys", ())
-        weights = {_our_key(key, key_map): value for key, value in weights.items()}
+        renamed = {_our_key(key, key_map): value for key, value in weights.items()}
+        weights = {key: value for key, value in renamed.items() if key is not None}
+    if adapt := getattr(model, "adapt_weights", None):
+        weights = adapt(weights)
     own = model.state_dict()
     cfg = model.pretrained_cfg
 
@@ -181,8 +184,12 @@ def _names(entry: str | Sequence[str] | None) -> tuple[str, ...]:
     return (entry,) if isinstance(entry, str) else tuple(entry or ())
 
 
-def _our_key(key: str, key_map: KeyMap) -> str:
+def _our_key(key: str, key_map: KeyMap) -> str | None:
     for pattern, replacement in key_map:
+        if replacement is None:
+            if re.search(pattern, key):
+                return None
+            continue
         new, count = re.subn(pattern, replacement, key)
         if count:
             return new

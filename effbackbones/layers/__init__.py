@@ -8,5 +8,37 @@ from effbackbones.layers.attention import (
     last_backend,
     why_not,
 )
+from effbackbones.layers.cached import Cached, constant
+from effbackbones.layers.head import ProjectionHead
+from effbackbones.layers.mlp import Mlp
+from effbackbones.layers.pos_bias import RelativePositionBias, resize_table
+from effbackbones.layers.scale import layer_scales, scaled
+from effbackbones.layers.window import (
+    join_window_heads,
+    join_windows,
+    pad_to_windows,
+    split_window_heads,
+    split_windows,
+)
 
-__all__ = ["aligned_bias", "attend", "attention_backend", "attention_report", "last_backend", "why_not"]
+__all__ = [
+    "Cached",
+    "Mlp",
+    "ProjectionHead",
+    "RelativePositionBias",
+    "aligned_bias",
+    "attend",
+    "attention_backend",
+    "attention_report",
+    "constant",
+    "join_window_heads",
+    "join_windows",
+    "last_backend",
+    "layer_scales",
+    "pad_to_windows",
+    "resize_table",
+    "scaled",
+    "split_window_heads",
+    "split_windows",
+    "why_not",
+]

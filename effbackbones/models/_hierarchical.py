@@ -54,7 +54,9 @@ class HierarchicalBackbone(nn.Module):
         stages: Four modules, each a :class:`Stage` or one with its interface.
         dims: Channels of the four maps.
         norm: What stands between the last map and the pooling of the classifier.
-        output_norms: Dense mode: norms of the four maps, (B, C_i, H_i, W_i) to the same.
+        output_norms: Dense mode: norms of the four maps, (B, C_i, H_i, W_i) to the same; identities where the family
+            has none.
+        head: The classifier, where it is more than pooling and a linear layer. Dense mode has none.
         num_classes: Width of the classifier; 0 for none. Dense mode has none.
         in_chans: Channels of the image.
         global_pool: Pooling of the classifier, by timm's name.
@@ -62,7 +64,10 @@ class HierarchicalBackbone(nn.Module):
     """
 
     official_keys: ClassVar[KeyMap] = ()
-    """Substitutions (pattern, replacement) from an official checkpoint's keys to ours; the first match counts."""
+    """Substitutions (pattern, replacement) from an official checkpoint's keys to ours; the first match counts.
+
+    The replacement None leaves an entry out: a constant of the architecture, made anew here.
+    """
 
     def __init__(
         self,
@@ -72,6 +77,7 @@ class HierarchicalBackbone(nn.Module):
         *,
         norm: nn.Module,
         output_norms: Sequence[nn.Module] | None = None,
+        head: ClassifierHead | None = None,
         num_classes: int = 1000,
         in_chans: int = 3,
         global_pool: str = "avg",
@@ -81,7 +87,7 @@ class HierarchicalBackbone(nn.Module):
         self.dense = output_norms is not None
         self.num_classes = 0 if self.dense else num_classes
         self.in_chans = in_chans
-        self.num_features = self.head_hidden_size = dims[-1]
+        self.num_features = dims[-1]
         self.feature_info = [
             {"num_chs": dim, "reduction": 4 * 2**i, "module": f"stages.{i}"} for i, dim in enumerate(dims)
         ]
@@ -90,7 +96,20 @@ class HierarchicalBackbone(nn.Module):
         if output_norms is not None:
             self.norms = nn.ModuleList(output_norms)
         self.norm = nn.Identity() if self.dense else norm
-        self.head = ClassifierHead(dims[-1], self.num_classes, pool_type=global_pool, drop_rate=drop_rate)
+        self.head = head or ClassifierHead(dims[-1], self.num_classes, pool_type=global_pool, drop_rate=drop_rate)
+        self.head_hidden_size = self.head.in_features
+
+    def adapt_weights(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return a checkpoint's weights, under our names, as this model holds them.
+
+        For what names do not settle: a family resizes tables, joins what its release splits, and checks constants of
+        the release before it leaves them out. What fits nowhere is left as it is: it is named by the check that
+        follows.
+
+        Raises:
+            CheckpointError: A constant is not the architecture's; the message names it.
+        """
+        return weights
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -189,10 +208,12 @@ class HierarchicalBackbone(nn.Module):
         self.stages = self.stages[: last + 1]
         if self.dense:
             self.norms = self.norms[: last + 1]
-        self.num_features = self.head_hidden_size = self.head.in_features = self.feature_info[last]["num_chs"]
+        self.num_features = self.feature_info[last]["num_chs"]
         if prune_norm or cut:
             self.norm = nn.Identity()
         if prune_head or cut:
+            self.head = ClassifierHead(self.num_features, 0)
+            self.head_hidden_size = self.num_features
             self.reset_classifier(0, "")
         return take
 

@@ -19,7 +19,7 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from effbackbones.checkpoint import KeyMap
-from effbackbones.layers import attend
+from effbackbones.layers import Mlp, attend, join_windows, layer_scales, pad_to_windows, scaled, split_windows
 from effbackbones.models._hierarchical import HierarchicalBackbone, Stage, create_backbone, init_linear
 
 
@@ -61,30 +61,6 @@ class ConvDownsample(nn.Module):
 
     def forward(self, x_bchw: Tensor) -> Tensor:
         return self.norm(self.proj(x_bchw))
-
-
-class Mlp(nn.Module):
-    """Two layers with a GELU between; `layer` makes them linear (channels last) or 1x1 convolutions (NCHW)."""
-
-    def __init__(self, dim: int, hidden: int, layer: Callable[[int, int], nn.Module]):
-        super().__init__()
-        self.fc1 = layer(dim, hidden)
-        self.act = nn.GELU()
-        self.fc2 = layer(hidden, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.act(self.fc1(x)))
-
-
-def layer_scales(shape: tuple[int, ...], value: float | None) -> tuple[nn.Parameter | None, nn.Parameter | None]:
-    """Return the scales of a block's two branches, or two None where there is no layer scale."""
-    if value is None:
-        return None, None
-    return nn.Parameter(torch.full(shape, value)), nn.Parameter(torch.full(shape, value))
-
-
-def scaled(x: Tensor, gamma: Tensor | None) -> Tensor:
-    return x if gamma is None else x * gamma
 
 
 class ConvBlock(nn.Module):
@@ -156,16 +132,14 @@ class AttentionBlock(nn.Module):
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, head_dim)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), nn.Linear)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.drop_path = DropPath(drop_path)
         self.gamma1, self.gamma2 = layer_scales((dim,), layer_scale)
 
     def _windowed(self, x_bhwc: Tensor, w: int) -> Tensor:
-        height, width, c = x_bhwc.shape[1:]
-        x = F.pad(x_bhwc, (0, 0, 0, -width % w, 0, -height % w))
-        rows, cols = x.shape[1] // w, x.shape[2] // w
-        x_bnc = x.reshape(-1, rows, w, cols, w, c).transpose(2, 3).reshape(-1, w * w, c)
-        x = self.attn(x_bnc).reshape(-1, rows, cols, w, w, c).transpose(2, 3).reshape(x.shape)
+        height, width = x_bhwc.shape[1:3]
+        x = pad_to_windows(x_bhwc, (w, w))
+        x = join_windows(self.attn(split_windows(x, (w, w))), (w, w), (x.shape[1], x.shape[2]))
         return x[:, :height, :width]
 
     def forward(self, x_bchw: Tensor) -> Tensor:

@@ -1,0 +1,9 @@
+"""Operators that no library has: each a readable reference and a fast path of equal numbers.
+
+`EFFBACKBONES_OPS=auto|reference` (read once, at import) and the context manager `ops_backend` choose; `auto` takes the
+fast path of the device at hand.
+"""
+
+from effbackbones.ops._backend import ops_backend, use_reference
+
+__all__ = ["ops_backend", "use_reference"]

@@ -5,6 +5,7 @@ import fnmatch
 import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from effbackbones import __version__
@@ -30,6 +31,11 @@ EXAMPLES = {
     "predict": """
   effb predict shoe.png --run runs/quickstart                  top-5 classes by a run's best checkpoint
   effb predict *.jpg --model uniformer_small --checkpoint uniformer_small_in1k.pth""",
+    "bench": """
+  effb bench uniformer_small --vs attention=plain                    a model, and the same with plain attention
+  effb bench uniformer_small --vs resnet50 --batch 1 64 --device cuda --dtype bfloat16 --out speed.json
+  effb bench uniformer_small --vs compile=yes --mode inference train --size 224 256x320
+  effb bench uniformer_small --vs uniformer_small                    how far this machine's noise alone goes""",
     "doctor": """
   effb doctor                         versions, devices, which attention backends work here and why others do not""",
 }
@@ -48,12 +54,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _input_errors() -> tuple[type[Exception], ...]:
     from lightning.fabric.utilities.exceptions import MisconfigurationException  # a device that is not there
 
+    from effbackbones.bench import BenchError
     from effbackbones.checkpoint import CheckpointError
     from effbackbones.config import RecipeError
     from effbackbones.data import DataError
     from effbackbones.train.callbacks.finite import NonFiniteError
 
-    return RecipeError, CheckpointError, DataError, NonFiniteError, MisconfigurationException, OSError
+    return BenchError, RecipeError, CheckpointError, DataError, NonFiniteError, MisconfigurationException, OSError
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -89,8 +96,64 @@ def _parser() -> argparse.ArgumentParser:
     source.add_argument("--run", help="run folder")
     source.add_argument("--model", help="registered model, with --checkpoint")
     predict.add_argument("--checkpoint", help="ImageNet-1K weights of --model")
+    bench = command("bench", "measure speed and memory of models and operators, side by side")
+    bench.add_argument("names", nargs="+", metavar="NAME", help="a model of timm's registry, or op:OPERATOR")
+    bench.add_argument(
+        "--vs",
+        nargs="+",
+        default=[],
+        metavar="OTHER",
+        help="what each is compared with: another NAME, or settings, joined by commas, of the same one: attention="
+        "plain (or auto, sdpa, xformers), ops=reference (auto), dtype=bfloat16 (float16, float32), compile=yes (no), "
+        "channels_last=yes (no); or a NAME with settings: resnet50,dtype=bfloat16",
+    )
+    bench.add_argument(
+        "--mode",
+        nargs="+",
+        choices=["inference", "train"],
+        default=["inference"],
+        help="forward pass, or forward pass, loss and backward pass without an optimizer; default: inference",
+    )
+    bench.add_argument(
+        "--batch", nargs="+", type=_positive, default=[1], metavar="N", help="images of a call; default: 1"
+    )
+    bench.add_argument(
+        "--size", nargs="+", type=_size, default=[], help="224, or 224x320 for height x width; default: the model's own"
+    )
+    bench.add_argument(
+        "--dtype",
+        nargs="+",
+        choices=["float32", "bfloat16", "float16"],
+        default=["float32"],
+        help="that of autocast; default: float32, which is none",
+    )
+    bench.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
+    bench.add_argument("--channels-last", action="store_true", help="store weights and images channels last")
+    bench.add_argument("--compile", action="store_true", help="measure what torch.compile makes of it")
+    bench.add_argument("--dense", action="store_true", help="measure backbones of dense tasks: feature maps out")
+    bench.add_argument("--threads", type=_positive, metavar="N", help="CPU threads; default: torch's")
+    bench.add_argument(
+        "--warmup", type=_positive, default=3, metavar="N", help="calls before the first sample; default: 3"
+    )
+    length = bench.add_mutually_exclusive_group()
+    length.add_argument("--repeats", type=_positive, metavar="N", help="rounds, of two samples each")
+    length.add_argument("--min-time", type=float, default=2.0, metavar="S", help="seconds to measure each; default: 2")
+    bench.add_argument(
+        "--out", metavar="FILE.json", help="write everything there: samples, settings, machine, versions"
+    )
     command("doctor", "report versions, devices and attention backends")
     return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
+    return int(text)
+
+
+def _size(text: str) -> tuple[int, int]:
+    height, cross, width = text.partition("x")
+    return _positive(height), _positive(width if cross else height)
 
 
 def ls(args: argparse.Namespace) -> int:
@@ -151,6 +214,36 @@ def predict(args: argparse.Namespace) -> int:
     return 0
 
 
+def bench(args: argparse.Namespace) -> int:
+    from effbackbones.bench import NOTES, BenchError, Effort, Report, measure, plan, threads
+
+    groups = plan(
+        args.names,
+        args.vs,
+        modes=args.mode,
+        batches=args.batch,
+        sizes=args.size,
+        dtypes=args.dtype,
+        device=args.device,
+        channels_last=args.channels_last,
+        compile=args.compile,
+        dense=args.dense,
+    )
+    out = Path(args.out) if args.out else None
+    if out and (out.is_dir() or not out.parent.is_dir()):
+        raise BenchError(f"--out {out}: expected a file in a folder that exists")
+    effort = Effort(args.warmup, args.repeats, args.min_time)
+    with threads(args.threads):
+        report = Report(groups, effort)
+        print(report.heading())
+        for group in groups:
+            print(report.add(measure(group, effort)), flush=True)
+            if out:
+                report.write(out)
+    print(NOTES)
+    return 1 if report.failed else 0
+
+
 def doctor(args: argparse.Namespace) -> int:
     from effbackbones.doctor import report
 
@@ -188,6 +281,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "train": train,
     "eval": evaluate,
     "predict": predict,
+    "bench": bench,
     "doctor": doctor,
 }
 

@@ -6,6 +6,7 @@ from effbackbones.layers.attention import (
     attention_backend,
     attention_report,
     last_backend,
+    served_backends,
     why_not,
 )
 from effbackbones.layers.cached import Cached, constant
@@ -38,6 +39,7 @@ __all__ = [
     "pad_to_windows",
     "resize_table",
     "scaled",
+    "served_backends",
     "split_window_heads",
     "split_windows",
     "why_not",

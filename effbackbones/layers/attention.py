@@ -38,6 +38,7 @@ def _checked(name: str, source: str) -> str:
 
 _choice = _checked(os.environ.get(_ENV, "auto"), f"environment variable {_ENV}")
 _last: str | None = None
+_served: set[str] = set()
 
 
 @contextmanager
@@ -59,6 +60,17 @@ def last_backend() -> str | None:
     return _last
 
 
+@contextmanager
+def served_backends() -> Iterator[set[str]]:
+    """Collect, in the set it gives, the backends that serve eager calls of `attend` within the block."""
+    global _served
+    before, _served = _served, set()
+    try:
+        yield _served
+    finally:
+        _served = before
+
+
 def attend(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, scale: float | None = None, dropout_p: float = 0.0
 ) -> Tensor:
@@ -76,6 +88,7 @@ def attend(
         function = _plain if _choice == "plain" else _sdpa
     else:
         _last = _pick(q, k, v, bias)
+        _served.add(_last)
         function = _FUNCTIONS[_last]
     if k.shape[2] == 1 and not dropout_p:
         function = _one_key

@@ -54,7 +54,8 @@ class Cached(nn.Module):
             compute: Computes it, a tensor or a tuple of tensors.
         """
         needs_grad = torch.is_grad_enabled() and any(source.requires_grad for source in sources)
-        if self.training or needs_grad or torch.compiler.is_compiling() or any(s.is_inference() for s in sources):
+        passing = torch.compiler.is_compiling() or any(source.is_inference() or source.is_meta for source in sources)
+        if self.training or needs_grad or passing:
             return compute()
         device = sources[0].device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None

@@ -1,5 +1,6 @@
 """The command line, from its arguments to what it prints and its exit code."""
 
+import json
 import re
 import shlex
 import shutil
@@ -16,6 +17,7 @@ from tiny_checkout import RECIPE, make_checkout, train_quickstart
 
 from effbackbones import __version__, doctor
 from effbackbones.assets import list_recipes
+from effbackbones.bench.operators import OPERATORS
 from effbackbones.checkpoint import read_checkpoint
 from effbackbones.cli import COMMANDS, EXAMPLES, _parser, main
 from effbackbones.config import explain, load_recipe
@@ -108,6 +110,8 @@ def test_example_is_a_valid_command_line(argv: list[str], monkeypatch: pytest.Mo
         assert run_folder(load_recipe(target)) == Path("runs") / target
     if target:
         load_target(target, args.get("overrides", ()))
+    for name in [*args.get("names", ()), *args.get("vs", ())]:
+        assert timm.is_model(name) or "=" in name
     if args.get("model"):
         assert timm.is_model(args["model"])
         assert args["checkpoint"]
@@ -325,6 +329,52 @@ def test_predict_bad_image_after_a_good_one_prints_the_good_one(effb: Effb) -> N
     assert "nowhere.png" in err
 
 
+# bench
+
+QUICK = ("--size", "32", "--repeats", "1", "--warmup", "1", "--device", "cpu")
+
+
+def test_bench_prints_a_row_for_each_case_and_writes_them(effb: Effb, tmp_path: Path) -> None:
+    out = tmp_path / "bench.json"
+    argv = ("uniformer_xxs", "--vs", "attention=plain", "resnet18", "--batch", "1", "3", "--out", out)
+    result = effb("bench", *argv, *QUICK)
+    assert (result.code, result.err) == (0, "")
+    _, head, _, *rows = map(cells, result.out.splitlines()[:9])
+    assert [row[:4] for row in rows] == [
+        [name, "inference", batch, "32"]
+        for batch in "13"
+        for name in ("uniformer_xxs", "vs attention=plain", "vs resnet18")
+    ]
+    assert [len(head) - len(row) for row in rows] == [2, 0, 0] * 2  # what is compared has no ratio
+    assert [row[-1] for row in rows] == ["sdpa", "plain", "-"] * 2
+    document = json.loads(out.read_text(encoding="utf-8"))
+    assert [result["label"] for result in document["results"]] == ["uniformer_xxs", "attention=plain", "resnet18"] * 2
+    assert [len(result["samples_ms"]) for result in document["results"]] == [2] * 6
+
+
+def test_bench_threads_are_those_asked_for(effb: Effb, monkeypatch: pytest.MonkeyPatch) -> None:
+    used: set[int] = set()
+    before = torch.get_num_threads()
+
+    def call() -> torch.Tensor:
+        used.add(torch.get_num_threads())
+        return torch.ones(1)
+
+    monkeypatch.setitem(OPERATORS, "toy", lambda example: call)
+    result = effb("bench", "op:toy", "--threads", before + 1, *QUICK)
+    assert (result.code, used, torch.get_num_threads()) == (0, {before + 1}, before)
+    assert f", {before + 1} threads; " in result.out
+
+
+def test_bench_case_that_fails_is_exit_code_1_and_the_others_are_there(effb: Effb) -> None:
+    # One image of 32 pixels leaves one value for each channel of the last batch norm in training.
+    code, out, err = effb("bench", "resnet18", "--mode", "train", "inference", *QUICK)
+    assert (code, err) == (1, "")
+    train, inference = out.splitlines()[3:5]
+    assert cells(train)[-1].startswith("failed: ValueError: Expected more than 1 value per channel")
+    assert float(cells(inference)[5]) > 0
+
+
 # doctor
 
 
@@ -370,6 +420,10 @@ BAD = {
     "run_with_checkpoint": (f"predict {COAT} --run {RUN} --checkpoint {BEST}", "--model and --checkpoint go together"),
     "no_such_model": (f"predict {COAT} --model uniformer_smal --checkpoint x", "'uniformer_smal'", "uniformer_small"),
     "checkpoint_of_model_missing": (f"predict {COAT} --model uniformer_xxs --checkpoint x.pth", "x.pth: no such file"),
+    "bench_model_misspelt": ("bench uniformer_xss", "'uniformer_xss'", "nearest: uniformer_xs"),
+    "bench_other_misspelt": ("bench uniformer_xxs --vs resnet8", "'resnet8'", "nearest: resnet18"),
+    "bench_backend_cannot_serve": ("bench uniformer_xxs --vs attention=xformers --device cpu", "xformers cannot serve"),
+    "bench_folder_missing": ("bench uniformer_xxs --out nowhere/a.json", "nowhere/a.json", "in a folder that exists"),
     "checkpoint_of_other_classes": (
         f"predict {COAT} --model uniformer_xxs --checkpoint {BEST}",
         f"{BEST}: made for 10 classes, expected 1000",
@@ -405,9 +459,19 @@ def test_device_that_is_not_there_is_exit_code_2(effb: Effb, monkeypatch: pytest
     assert "CUDAAccelerator" in err
 
 
+def test_bench_device_that_is_not_there_is_exit_code_2(effb: Effb, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    code, out, err = effb("bench", "uniformer_xxs", "--device", "cuda")
+    assert (code, out) == (2, "")
+    assert err.startswith("effb bench: device cuda: torch finds no CUDA device here")
+
+
 @pytest.mark.parametrize(
     "argv",
-    [[], ["frobnicate"], ["ls", "modles"], ["predict", COAT], ["predict", "--run", str(RUN)], ["show"]],
+    [
+        *([], ["frobnicate"], ["ls", "modles"], ["predict", COAT], ["predict", "--run", str(RUN)], ["show"], ["bench"]),
+        *(["bench", "resnet18", *wrong] for wrong in (["--size", "0"], ["--size", "32x"], ["--batch", "-1"])),
+    ],
     ids=" ".join,
 )
 def test_command_line_that_does_not_parse_prints_its_usage(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:

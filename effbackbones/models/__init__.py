@@ -1,5 +1,5 @@
 """The zoo. Importing this module registers every model in timm."""
 
-from effbackbones.models import uniformer
+from effbackbones.models import stvit, uniformer
 
-__all__ = ["uniformer"]
+__all__ = ["stvit", "uniformer"]

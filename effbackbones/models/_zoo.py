@@ -28,6 +28,7 @@ class Published:
 
 _UNIFORMER = "Sense-X/UniFormer README"
 _TL = "trained by token labelling"
+_STVIT = "hhb072/STViT README"
 
 ZOO: tuple[Published, ...] = (
     Published("uniformer_xxs", 128, 10_215_280, 0.42, 76.8, _UNIFORMER),
@@ -56,4 +57,10 @@ ZOO: tuple[Published, ...] = (
     Published(
         "uniformer_large_ls_tl", 384, 100_103_888, 62.76, 86.3, _UNIFORMER, f"{_TL}, layer scale; 39.2 GFLOPs published"
     ),
+    Published("stvit_small", 224, 25_495_624, 4.34, 83.6, _STVIT),
+    Published("stvit_small", 384, 25_495_624, 14.08, 85.0, _STVIT),
+    Published("stvit_base", 224, 51_691_288, 9.82, 84.8, _STVIT),
+    Published("stvit_base", 384, 51_691_288, 31.35, 86.0, _STVIT, "32.5 GFLOPs published"),
+    Published("stvit_large", 224, 94_971_096, 15.54, 85.3, _STVIT),
+    Published("stvit_large", 384, 94_971_096, 49.58, 86.4, _STVIT),
 )

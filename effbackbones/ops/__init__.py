@@ -5,5 +5,6 @@ fast path of the device at hand.
 """
 
 from effbackbones.ops._backend import ops_backend, use_reference
+from effbackbones.ops.super_tokens import sample_super_tokens, super_token_attention
 
-__all__ = ["ops_backend", "use_reference"]
+__all__ = ["ops_backend", "sample_super_tokens", "super_token_attention", "use_reference"]

@@ -24,6 +24,7 @@ SMALL = [
     "data.batch_size=4",
     "data.eval_batch_size=4",
     "data.workers=0",
+    "optim.lr_batch=null",  # scaled to four images, a rate of fine-tuning is too small for float32 to add to 1
     "trainer.accelerator=cpu",
     "trainer.devices=1",
     "trainer.precision=32",

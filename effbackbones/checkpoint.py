@@ -80,12 +80,12 @@ def _check_sums(path: Path) -> None:
         raise ValueError(f"starts with {magic!r}")
 
 
-def strip_wrappers(checkpoint: Mapping[str, Any], ema: bool = False) -> dict[str, Tensor]:
+def strip_wrappers(checkpoint: Mapping[str, Any], ema: bool = False, official_ema: bool = False) -> dict[str, Tensor]:
     """Return the backbone's weights in a checkpoint without what training tools put around them.
 
-    Known: an entry `state_dict` or `model` (with `ema`, first `state_dict_ema` or `model_ema`), the prefixes of DDP and
-    torch.compile, the `backbone.` of mm detectors and segmentors (neck and heads are left out), and our own training
-    checkpoints.
+    Known: an entry `state_dict` or `model` (with `ema`, first `state_dict_ema` or `model_ema`; with `official_ema`
+    these too, where there are any), the prefixes of DDP and torch.compile, the `backbone.` of mm detectors and
+    segmentors (neck and heads are left out), and our own training checkpoints.
 
     Raises:
         CheckpointError: There are no weights, no averaged ones where `ema` asks for them, or something else among them.
@@ -94,7 +94,7 @@ def strip_wrappers(checkpoint: Mapping[str, Any], ema: bool = False) -> dict[str
         [checkpoint[key] for key in keys if isinstance(checkpoint.get(key), Mapping)]
         for keys in (("state_dict_ema", "model_ema"), ("state_dict", "model"))
     )
-    candidates = [*(averaged if ema else ()), *raw, checkpoint]
+    candidates = [*(averaged if ema or official_ema else ()), *raw, checkpoint]
     weights = {str(key): value for key, value in candidates[0].items()}
     for prefix in ("module.", "_orig_mod.", "module."):
         if weights and all(key.startswith(prefix) for key in weights):
@@ -129,7 +129,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: Any) -> dict[str, Te
     Raises:
         CheckpointError: Keys are missing, unknown or of the wrong shape; the message names them all.
     """
-    weights = strip_wrappers(state_dict)
+    weights = strip_wrappers(state_dict, official_ema=getattr(model, "official_ema", False))
     if not any(key.startswith("stages.0.blocks.") for key in weights):
         key_map = getattr(model, "official_keys", ())
         renamed = {_our_key(key, key_map): value for key, value in weights.items()}
@@ -218,7 +218,8 @@ def load_weights(model: Any, path: str | Path, ema: bool = False, same_classes: 
     Args:
         model: A model of the zoo, or any other timm model.
         path: Weight file or run folder.
-        ema: Take the averaged weights.
+        ema: Take the averaged weights, which must be there. Without it, those of an official checkpoint are taken where
+            the published accuracy is theirs (`official_ema` of the model).
         same_classes: Refuse a classifier of another width: for a model that is not going to be trained.
 
     Raises:
@@ -228,7 +229,7 @@ def load_weights(model: Any, path: str | Path, ema: bool = False, same_classes: 
     checkpoint = read_checkpoint(path)
     original = model.pretrained_cfg
     try:
-        weights = strip_wrappers(checkpoint, ema)
+        weights = strip_wrappers(checkpoint, ema, getattr(model, "official_ema", False))
         cfg = {**original, "source": None, "state_dict": weights}
         name = cfg["classifier"] if isinstance(cfg["classifier"], str) else cfg["classifier"][0]
         classifier = weights.get(f"{name}.weight", weights.get("head.weight"))  # ours, official

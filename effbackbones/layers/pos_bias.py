@@ -49,7 +49,7 @@ def resize_table(table: Tensor, window: Window) -> Tensor:
     """
     size = (2 * window[0] - 1, 2 * window[1] - 1)
     side = round(table.shape[0] ** 0.5) if table.ndim == 2 else 0
-    if side * side != table.shape[0] or side % 2 == 0 or (side, side) == size:
+    if side % 2 == 0 or side * side != table.shape[0] or (side, side) == size:
         return table
     image = table.T.reshape(1, -1, side, side)
     if table.dtype in (torch.float16, torch.bfloat16):

@@ -7,18 +7,19 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import ClassifierHead, trunc_normal_
 from timm.models import build_model_with_cfg, checkpoint
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from effbackbones.checkpoint import KeyMap, checkpoint_filter_fn
+from effbackbones.checkpoint import KeyMap, checkpoint_filter_fn, load_weights
 
 
 class Stage(nn.Module):
     """A downsampling layer and the blocks that follow it: (B, C_in, H, W) to (B, C, ~H/2, ~W/2).
 
-    Stage 0 has no downsampling of its own: the stem is in front of it.
+    Stage 0 has no downsampling of its own where the stem in front of it has stride 4.
     """
 
     def __init__(self, downsample: nn.Module | None, blocks: Sequence[nn.Module]):
@@ -50,7 +51,7 @@ class HierarchicalBackbone(nn.Module):
     In dense mode (`output_norms` given) there is no classifier, and every map goes through its output norm.
 
     Args:
-        stem: (B, in_chans, H, W) to (B, C_0, ~H/4, ~W/4).
+        stem: (B, in_chans, H, W) to (B, C_0, ~H/4, ~W/4), or half as far where stage 0 has a downsampling.
         stages: Four modules, each a :class:`Stage` or one with its interface.
         dims: Channels of the four maps.
         norm: What stands between the last map and the pooling of the classifier.
@@ -68,6 +69,8 @@ class HierarchicalBackbone(nn.Module):
 
     The replacement None leaves an entry out: a constant of the architecture, made anew here.
     """
+    official_ema: ClassVar[bool] = False
+    """Whether the published accuracy is that of averaged weights, in official checkpoints that hold raw ones too."""
 
     def __init__(
         self,
@@ -110,6 +113,11 @@ class HierarchicalBackbone(nn.Module):
             CheckpointError: A constant is not the architecture's; the message names it.
         """
         return weights
+
+    @torch.jit.ignore
+    def load_pretrained(self, path: str) -> None:
+        """Load the file that timm's `pretrained=True` has found: by our reader, strictly."""
+        load_weights(self, path)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -250,12 +258,38 @@ def init_linear(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
+def backbone_cfg(**kwargs: Any) -> dict[str, Any]:
+    """Return an entry of timm's pretrained configs: of ImageNet-1K at 224 pixels, unless told otherwise."""
+    return {
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": (7, 7),
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "classifier": "head.fc",
+        **kwargs,
+    }
+
+
+def init_conv(module: nn.Module) -> None:
+    """Initialise a convolution (nothing else): normal, by the outputs of an input over the kernel, zero bias."""
+    if isinstance(module, nn.Conv2d):
+        nn.init.normal_(module.weight, std=(2 * module.groups / module.weight[:, 0].numel()) ** 0.5)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
 def create_backbone(cls: type[HierarchicalBackbone], variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
     """Build a registered variant of `cls` as timm builds its own: configs, weights and `features_only` included."""
+    # A file goes to load_pretrained: timm's own reader takes averaged weights wherever there are any.
+    overlay = {"custom_load": True, **(kwargs.pop("pretrained_cfg_overlay", None) or {})}
     return build_model_with_cfg(
         cls,
         variant,
         pretrained,
+        pretrained_cfg_overlay=overlay,
         pretrained_filter_fn=checkpoint_filter_fn,
         feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
         **kwargs,

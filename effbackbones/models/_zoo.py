@@ -27,8 +27,21 @@ class Published:
 
 
 _UNIFORMER = "Sense-X/UniFormer README"
+_SGFORMER = "SG-Former paper (arXiv 2308.12216)"
+_SGFORMER_QUOTED = f"{_SGFORMER}, as quoted by arXiv 2405.07992"
 _TL = "trained by token labelling"
 _STVIT = "hhb072/STViT README"
+
+_S2AFORMER = "arXiv 2505.22195v1 as transcribed in igm503/heedless-backbones"
+
+
+def _s2aformer(gmacs: str) -> str:
+    """Return the note of a row of S2AFormer whose published multiply-adds are `gmacs`."""
+    return (
+        "no official code or weights: our reading of the paper, top-1 is of the authors' model; "
+        f"{gmacs} GMACs published, without attention products"
+    )
+
 
 ZOO: tuple[Published, ...] = (
     Published("uniformer_xxs", 128, 10_215_280, 0.42, 76.8, _UNIFORMER),
@@ -63,4 +76,17 @@ ZOO: tuple[Published, ...] = (
     Published("stvit_base", 384, 51_691_288, 31.35, 86.0, _STVIT, "32.5 GFLOPs published"),
     Published("stvit_large", 224, 94_971_096, 15.54, 85.3, _STVIT),
     Published("stvit_large", 384, 94_971_096, 49.58, 86.4, _STVIT),
+    Published("sgformer_s", 224, 22_545_981, 4.78, 83.2, _SGFORMER_QUOTED),
+    Published("sgformer_m", 224, 38_689_316, 7.43, 84.1, _SGFORMER_QUOTED),
+    Published("sgformer_b", 224, 77_950_293, 15.54, 84.7, _SGFORMER),
+    Published("s2aformer_mini", 224, 5_015_836, 0.439, 75.1, _S2AFORMER, _s2aformer("0.43")),
+    Published("s2aformer_mini", 256, 5_015_836, 0.579, 75.7, _S2AFORMER, _s2aformer("0.56")),
+    Published("s2aformer_t", 224, 5_801_770, 0.665, 77.7, _S2AFORMER, _s2aformer("0.655")),
+    Published("s2aformer_t", 256, 5_801_770, 0.883, 78.3, _S2AFORMER, _s2aformer("0.855")),
+    Published("s2aformer_xs", 224, 6_536_084, 0.804, 78.9, _S2AFORMER, _s2aformer("0.786")),
+    Published("s2aformer_xs", 256, 6_536_084, 1.06, 79.3, _S2AFORMER, _s2aformer("1.03")),
+    Published("s2aformer_s", 224, 10_685_534, 1.40, 80.8, _S2AFORMER, _s2aformer("1.38")),
+    Published("s2aformer_s", 256, 10_685_534, 1.85, 81.3, _S2AFORMER, _s2aformer("1.80")),
+    Published("s2aformer_m", 224, 24_868_254, 4.14, 82.3, _S2AFORMER, _s2aformer("4.12")),
+    Published("s2aformer_m", 256, 24_868_254, 5.45, 82.7, _S2AFORMER, _s2aformer("5.38")),
 )

@@ -9,6 +9,7 @@ Maps are stored channels last from the stem on: `x_bchw` and its permutation `x_
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from effbackbones.checkpoint import CheckpointError, KeyMap
 from effbackbones.layers import ProjectionHead, attend, layer_scales, scaled
-from effbackbones.models._hierarchical import HierarchicalBackbone, Stage, create_backbone, init_linear
+from effbackbones.models._hierarchical import HierarchicalBackbone, Stage, backbone_cfg, create_backbone, init_linear
 from effbackbones.ops import sample_super_tokens, super_token_attention
 
 
@@ -301,22 +302,13 @@ def of_stages(name: str, value: int | Sequence[int]) -> tuple[int, ...]:
     return values
 
 
-def _cfg(**kwargs: Any) -> dict[str, Any]:
-    return {
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": (0.485, 0.456, 0.406),
-        "std": (0.229, 0.224, 0.225),
-        "first_conv": "stem.0.conv",
-        "classifier": "head.fc",
-        "paper_ids": "arXiv:2211.11167",
-        "paper_name": "Vision Transformer with Super Token Sampling",
-        "origin_url": "https://github.com/hhb072/STViT",
-        **kwargs,
-    }
+_cfg = partial(
+    backbone_cfg,
+    first_conv="stem.0.conv",
+    paper_ids="arXiv:2211.11167",
+    paper_name="Vision Transformer with Super Token Sampling",
+    origin_url="https://github.com/hhb072/STViT",
+)
 
 
 default_cfgs = generate_default_cfgs(

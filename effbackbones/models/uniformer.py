@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from effbackbones.checkpoint import KeyMap
 from effbackbones.layers import Mlp, attend, join_windows, layer_scales, pad_to_windows, scaled, split_windows
-from effbackbones.models._hierarchical import HierarchicalBackbone, Stage, create_backbone, init_linear
+from effbackbones.models._hierarchical import HierarchicalBackbone, Stage, backbone_cfg, create_backbone, init_linear
 
 
 class PatchEmbed(nn.Module):
@@ -481,23 +481,14 @@ def class_token_head(dim: int, num_classes: int) -> nn.Module:
     return nn.Sequential(OrderedDict(norm=nn.LayerNorm(dim, eps=1e-5), fc=token_head(dim, num_classes)))
 
 
-def _cfg(**kwargs: Any) -> dict[str, Any]:
-    return {
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": (0.485, 0.456, 0.406),
-        "std": (0.229, 0.224, 0.225),
-        "first_conv": "stem.proj",
-        "classifier": "head.fc",
-        "license": "apache-2.0",
-        "paper_ids": "arXiv:2201.09450",
-        "paper_name": "UniFormer: Unifying Convolution and Self-attention for Visual Recognition",
-        "origin_url": "https://github.com/Sense-X/UniFormer",
-        **kwargs,
-    }
+_cfg = partial(
+    backbone_cfg,
+    first_conv="stem.proj",
+    license="apache-2.0",
+    paper_ids="arXiv:2201.09450",
+    paper_name="UniFormer: Unifying Convolution and Self-attention for Visual Recognition",
+    origin_url="https://github.com/Sense-X/UniFormer",
+)
 
 
 _LIGHT = {"first_conv": "stem.conv1", "classifier": ("head.fc", "head_cls")}

@@ -57,7 +57,9 @@ def test_recipe_trains_two_steps(tmp_path, monkeypatch, name):
     # Together, the checkpoints of all recipes take gigabytes.
     monkeypatch.setattr(AtomicCheckpointIO, "save_checkpoint", lambda *args, **options: None)
     watch = Watch()
-    loaded = load_recipe(name, [*SMALL, f"run.dir={tmp_path / 'run'}"])
+    # At 32 pixels S2AFormer's attention is over one key, which leaves queries and keys without a gradient.
+    size = ["data.size=64"] if name.startswith("in1k/s2aformer") else []
+    loaded = load_recipe(name, [*SMALL, *size, f"run.dir={tmp_path / 'run'}"])
     train(loaded, watch)
     assert watch.steps == 2
     assert len(watch.losses) == 2 * loaded.recipe.trainer.accumulate

@@ -11,6 +11,7 @@ from effbackbones.layers.attention import (
 )
 from effbackbones.layers.cached import Cached, constant
 from effbackbones.layers.head import ProjectionHead
+from effbackbones.layers.linear import Linear, linear_bhwc
 from effbackbones.layers.mlp import Mlp
 from effbackbones.layers.pos_bias import RelativePositionBias, resize_table
 from effbackbones.layers.scale import layer_scales, scaled
@@ -24,6 +25,7 @@ from effbackbones.layers.window import (
 
 __all__ = [
     "Cached",
+    "Linear",
     "Mlp",
     "ProjectionHead",
     "RelativePositionBias",
@@ -36,6 +38,7 @@ __all__ = [
     "join_windows",
     "last_backend",
     "layer_scales",
+    "linear_bhwc",
     "pad_to_windows",
     "resize_table",
     "scaled",

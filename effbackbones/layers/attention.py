@@ -6,7 +6,8 @@
 - `sdpa`: torch's scaled_dot_product_attention, which serves every call;
 - `plain`: the formula in plain PyTorch, which keeps the N x M weights; for reference and debugging.
 
-By default (`auto`) that is xformers where it can serve the call, else sdpa. The environment variable
+By default (`auto`) that is xformers where it can serve the call, plain on a CPU for a bias that needs a gradient (which
+sdpa serves by the same formula in more steps), else sdpa. The environment variable
 `EFFBACKBONES_ATTENTION` (read once, at import) and the context manager `attention_backend` force one.
 Under torch.compile and torch.export it is sdpa, unless plain is forced.
 
@@ -97,6 +98,8 @@ def attend(
 
 def _pick(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> str:
     if _choice == "auto":
+        if q.device.type == "cpu" and bias is not None and bias.requires_grad and torch.is_grad_enabled():
+            return "plain"
         host = _host(q.device)
         return "sdpa" if host.problems or why_not("xformers", q, k, v, bias, host) else "xformers"
     if reasons := why_not(_choice, q, k, v, bias):

@@ -45,11 +45,11 @@ def _offsets(window: Window, device: torch.device) -> Tensor:
 def resize_table(table: Tensor, window: Window) -> Tensor:
     """Return a bias table (offsets, heads) of a square window for another `window`, resized bicubically.
 
-    It is returned as it is where it already fits, or where it belongs to no square window.
+    It is returned as it is where it already has that many offsets, or where it belongs to no square window.
     """
     size = (2 * window[0] - 1, 2 * window[1] - 1)
     side = round(table.shape[0] ** 0.5) if table.ndim == 2 else 0
-    if side % 2 == 0 or side * side != table.shape[0] or (side, side) == size:
+    if side % 2 == 0 or side * side != table.shape[0] or table.shape[0] == size[0] * size[1]:
         return table
     image = table.T.reshape(1, -1, side, side)
     if table.dtype in (torch.float16, torch.bfloat16):

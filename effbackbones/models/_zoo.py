@@ -43,6 +43,10 @@ def _s2aformer(gmacs: str) -> str:
     )
 
 
+_STVIT_R = "changsn/STViT-R README"
+_GC_VIT = "NVlabs/GCVit README"
+_21K = "pre-trained on ImageNet-21K"
+
 ZOO: tuple[Published, ...] = (
     Published("uniformer_xxs", 128, 10_215_280, 0.42, 76.8, _UNIFORMER),
     Published("uniformer_xxs", 160, 10_215_280, 0.66, 79.1, _UNIFORMER),
@@ -70,15 +74,33 @@ ZOO: tuple[Published, ...] = (
     Published(
         "uniformer_large_ls_tl", 384, 100_103_888, 62.76, 86.3, _UNIFORMER, f"{_TL}, layer scale; 39.2 GFLOPs published"
     ),
-    Published("stvit_small", 224, 25_495_624, 4.34, 83.6, _STVIT),
-    Published("stvit_small", 384, 25_495_624, 14.08, 85.0, _STVIT),
-    Published("stvit_base", 224, 51_691_288, 9.82, 84.8, _STVIT),
-    Published("stvit_base", 384, 51_691_288, 31.35, 86.0, _STVIT, "32.5 GFLOPs published"),
-    Published("stvit_large", 224, 94_971_096, 15.54, 85.3, _STVIT),
-    Published("stvit_large", 384, 94_971_096, 49.58, 86.4, _STVIT),
-    Published("sgformer_s", 224, 22_545_981, 4.78, 83.2, _SGFORMER_QUOTED),
-    Published("sgformer_m", 224, 38_689_316, 7.43, 84.1, _SGFORMER_QUOTED),
-    Published("sgformer_b", 224, 77_950_293, 15.54, 84.7, _SGFORMER),
+    Published("gc_vit_xxtiny", 224, 11_995_428, 2.12, 79.9, _GC_VIT),
+    Published("gc_vit_xtiny", 224, 19_981_294, 2.91, 82.0, _GC_VIT, "2.6 GFLOPs published"),
+    Published("gc_vit_tiny", 224, 28_221_974, 4.76, 83.5, _GC_VIT),
+    Published("gc_vit_tiny2", 224, 34_535_654, 6.18, 83.7, _GC_VIT, "5.5 GFLOPs published"),
+    Published("gc_vit_small", 224, 51_092_173, 8.53, 84.3, _GC_VIT, "layer scale"),
+    Published("gc_vit_small2", 224, 68_615_197, 11.54, 84.8, _GC_VIT, "layer scale; 10.7 GFLOPs published"),
+    Published("gc_vit_base", 224, 90_320_836, 14.82, 85.0, _GC_VIT, "layer scale; 85.9 in the README's introduction"),
+    Published("gc_vit_large", 224, 202_075_570, 32.55, 85.7, _GC_VIT, "layer scale"),
+    Published("gc_vit_large_224_21k", 224, 202_075_570, 32.55, 86.6, _GC_VIT, f"layer scale; {_21K}"),
+    Published(
+        "gc_vit_large_384_21k",
+        384,
+        202_860_610,
+        103.94,
+        87.4,
+        _GC_VIT,
+        f"layer scale; {_21K}; 120.4 GFLOPs published",
+    ),
+    Published(
+        "gc_vit_large_512_21k",
+        512,
+        203_795_362,
+        202.14,
+        87.6,
+        _GC_VIT,
+        f"layer scale; {_21K}; 245.0 GFLOPs published",
+    ),
     Published("s2aformer_mini", 224, 5_015_836, 0.439, 75.1, _S2AFORMER, _s2aformer("0.43")),
     Published("s2aformer_mini", 256, 5_015_836, 0.579, 75.7, _S2AFORMER, _s2aformer("0.56")),
     Published("s2aformer_t", 224, 5_801_770, 0.665, 77.7, _S2AFORMER, _s2aformer("0.655")),
@@ -89,4 +111,22 @@ ZOO: tuple[Published, ...] = (
     Published("s2aformer_s", 256, 10_685_534, 1.85, 81.3, _S2AFORMER, _s2aformer("1.80")),
     Published("s2aformer_m", 224, 24_868_254, 4.14, 82.3, _S2AFORMER, _s2aformer("4.12")),
     Published("s2aformer_m", 256, 24_868_254, 5.45, 82.7, _S2AFORMER, _s2aformer("5.38")),
+    Published("sgformer_s", 224, 22_545_981, 4.78, 83.2, _SGFORMER_QUOTED),
+    Published("sgformer_m", 224, 38_689_316, 7.43, 84.1, _SGFORMER_QUOTED),
+    Published("sgformer_b", 224, 77_950_293, 15.54, 84.7, _SGFORMER),
+    Published("stvit_small", 224, 25_495_624, 4.34, 83.6, _STVIT),
+    Published("stvit_small", 384, 25_495_624, 14.08, 85.0, _STVIT),
+    Published("stvit_base", 224, 51_691_288, 9.82, 84.8, _STVIT),
+    Published("stvit_base", 384, 51_691_288, 31.35, 86.0, _STVIT, "32.5 GFLOPs published"),
+    Published("stvit_large", 224, 94_971_096, 15.54, 85.3, _STVIT),
+    Published("stvit_large", 384, 94_971_096, 49.58, 86.4, _STVIT),
+    Published(
+        "stvit_r_swin_tiny", 224, 28_320_214, 3.54, None, "", "the release has its configuration only, no result"
+    ),
+    Published(
+        "stvit_r_swin_small", 224, 49_625_518, 5.63, 82.7, _STVIT_R, "82.65 in its log; 82.43 in a user's retraining"
+    ),
+    Published(
+        "stvit_r_swin_base", 224, 87_812_336, 9.92, 83.2, _STVIT_R, "83.21 in its log; 82.72 in a user's retraining"
+    ),
 )

@@ -400,6 +400,16 @@ def test_auto_on_cpu_serves_with_sdpa():
     assert last_backend() == "sdpa"
 
 
+@pytest.mark.parametrize(
+    ("grad", "enabled", "served"), [(True, True, "plain"), (True, False, "sdpa"), (False, True, "sdpa")]
+)
+def test_auto_on_cpu_serves_a_bias_that_needs_a_gradient_with_plain(grad, enabled, served):
+    q, k, v = inputs(grad=True)
+    with torch.set_grad_enabled(enabled):
+        attend(q, k, v, torch.randn(q.shape[2], k.shape[2], dtype=q.dtype, requires_grad=grad))
+    assert last_backend() == served
+
+
 def test_forced_xformers_on_cpu_raises_with_call_and_all_reasons():
     with attention_backend("xformers"), pytest.raises(RuntimeError) as error:
         attend(*inputs(d=3))

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from parity.parity import load_fixture, make_input
 from project import PYPROJECT, ROOT
@@ -159,6 +160,30 @@ def test_python_official_checkpoint_gives_the_official_numbers(executed: Execute
 def test_python_pyramid_has_256_channels_at_every_stride(executed: Executed) -> None:
     shapes = [tuple(each.shape) for each in executed[0][2]["maps"].values()]
     assert shapes == [(1, 256, 320 // stride, 480 // stride) for stride in (4, 8, 16, 32)]
+
+
+DENSE = {
+    "UniFormer": "uniformer_small",
+    "GC ViT": "gc_vit_xxtiny",
+    "TransNeXt": "transnext_micro",
+    "STViT": "stvit_small",
+    "STViT-R": "stvit_r_swin_tiny",
+}
+ARGUMENTS = [
+    (DENSE[re.findall(r"[\w-]+(?: ViT)?", family)[-1]], argument)
+    for family, arguments in re.findall(r"^\| ([^|`]+) \| [^|`]+ \| ([^|]*`[^|]*) \|$", README, re.MULTILINE)
+    for argument in re.findall(r"`(\w+=[^`]+)`", arguments)
+]
+
+
+@pytest.mark.parametrize(("name", "argument"), ARGUMENTS)
+def test_argument_of_dense_mode_is_taken(name: str, argument: str) -> None:
+    with torch.device("meta"):
+        eval(f"timm.create_model(name, dense=True, {argument})", {"timm": timm, "name": name})
+
+
+def test_arguments_of_dense_mode_are_of_every_family_that_has_some() -> None:
+    assert {name for name, _ in ARGUMENTS} == set(DENSE.values())
 
 
 # What it says

@@ -38,15 +38,15 @@ def runs_of(n: int, r: int) -> int:
 def _reference(
     x_bnc: Tensor, order_bn: Tensor, tiers: tuple[int, ...], weights: Sequence[Tensor], biases: Sequence[Tensor]
 ) -> Tensor:
-    sorted_bnc = torch.stack([x_nc[order_n] for x_nc, order_n in zip(x_bnc, order_bn, strict=True)])
+    sorted_bnc = x_bnc.gather(1, order_bn.unsqueeze(-1).expand_as(x_bnc))
     merged = []
     for tier_bnc, weight_1r, bias in zip(sorted_bnc.split(tiers, 1), weights, biases, strict=True):
         n, r = tier_bnc.shape[1], weight_1r.shape[1]
-        g = runs_of(n, r)
-        for run in range(g):
-            tokens = [tier_bnc[:, (run * r + j) * n // (g * r)] for j in range(r)]
-            merged.append(sum(weight_1r[0, j] * token_bc for j, token_bc in enumerate(tokens)) + bias)
-    return torch.stack(merged, 1)
+        m = runs_of(n, r) * r
+        positions = torch.tensor([t * n // m for t in range(m)], device=x_bnc.device)
+        runs_bgrc = tier_bnc[:, positions].unflatten(1, (-1, r))
+        merged.append((runs_bgrc * weight_1r[0, :, None]).sum(2) + bias)
+    return torch.cat(merged, 1)
 
 
 def _gathered(

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from effbackbones.ops import aggregated_attention, super_token_attention, token_merging
+
 PREFIX = "op:"
 
 
@@ -49,3 +51,35 @@ def operator(name: str) -> Callable[[Build], Build]:
         return build
 
     return register
+
+
+@operator("aggregated_attention")
+def _aggregated_attention(example: Example) -> Callable[[], Tensor]:
+    """Stage 0 of TransNeXt-Tiny: 3 heads of 24 channels, keys and values pooled by 8."""
+    b, heads, d = example.batch, 3, 24
+    grid = h, w = example.height // 4, example.width // 4
+    p_h, p_w = max(1, h // 8), max(1, w // 8)
+    q, q_unit, k, v = (example.randn(b, heads, d, h * w) for _ in range(4))
+    k_pool, v_pool = (example.randn(b, heads, d, p_h * p_w) for _ in range(2))
+    local_bias, tokens, token_bias = example.randn(heads, 9), example.randn(heads, d, 9), example.randn(heads, 9)
+    pool_bias = example.randn(heads, p_h, p_w, h, w)
+    return lambda: aggregated_attention(
+        q, q_unit, k, v, k_pool, v_pool, local_bias, tokens, token_bias, pool_bias, grid
+    )
+
+
+@operator("super_token_attention")
+def _super_token_attention(example: Example) -> Callable[[], Tensor]:
+    """Stage 0 of STViT-S: 64 channels, cells of 8 x 8, one round; without the attention among super tokens."""
+    x_bhwc = example.randn(example.batch, example.height // 4, example.width // 4, 64)
+    return lambda: super_token_attention(x_bhwc, 8, 1, refine=lambda s_bhwc: s_bhwc)
+
+
+@operator("token_merging")
+def _token_merging(example: Example) -> Callable[[], Tensor]:
+    """Stage 0 of SG-Former-S: 64 channels, three tiers, merged by 196, 56 and 28."""
+    n = (example.height // 4) * (example.width // 4)
+    x_bnc = example.randn(example.batch, n, 64)
+    order_bn = torch.rand(example.batch, n, device=example.device).argsort()
+    weights, biases = [example.randn(1, r) for r in (196, 56, 28)], [example.randn(1) for _ in range(3)]
+    return lambda: token_merging(x_bnc, order_bn, (n // 4, 2 * (n // 4), n - 3 * (n // 4)), weights, biases)

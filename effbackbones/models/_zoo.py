@@ -11,7 +11,8 @@ class Published:
         model: Registered name.
         size: Side of the image, pixels.
         params: Parameters of the model as it trains and classifies, exact.
-        gmacs: Multiply-adds of one image in 1e9: convolutions, linear layers and attention products, our count.
+        gmacs: Multiply-adds of one image in 1e9: convolutions, linear layers and attention products, our count of what
+            the model computes, which may be less than what the release computes for the same numbers.
         top1: Published ImageNet-1K top-1 accuracy, percent; None where none was published.
         source: Where top1 is published.
         note: What to know about the row.
@@ -27,12 +28,15 @@ class Published:
 
 
 _UNIFORMER = "Sense-X/UniFormer README"
+_TL = "trained by token labelling"
+_GC_VIT = "NVlabs/GCVit README"
+_21K = "pre-trained on ImageNet-21K"
+_TRANSNEXT = "DaiShiResearch/TransNeXt README"
+_S2AFORMER = "arXiv 2505.22195v1 as transcribed in igm503/heedless-backbones"
 _SGFORMER = "SG-Former paper (arXiv 2308.12216)"
 _SGFORMER_QUOTED = f"{_SGFORMER}, as quoted by arXiv 2405.07992"
-_TL = "trained by token labelling"
 _STVIT = "hhb072/STViT README"
-
-_S2AFORMER = "arXiv 2505.22195v1 as transcribed in igm503/heedless-backbones"
+_STVIT_R = "changsn/STViT-R README"
 
 
 def _s2aformer(gmacs: str) -> str:
@@ -42,10 +46,6 @@ def _s2aformer(gmacs: str) -> str:
         f"{gmacs} GMACs published, without attention products"
     )
 
-
-_STVIT_R = "changsn/STViT-R README"
-_GC_VIT = "NVlabs/GCVit README"
-_21K = "pre-trained on ImageNet-21K"
 
 ZOO: tuple[Published, ...] = (
     Published("uniformer_xxs", 128, 10_215_280, 0.42, 76.8, _UNIFORMER),
@@ -101,6 +101,13 @@ ZOO: tuple[Published, ...] = (
         _GC_VIT,
         f"layer scale; {_21K}; 245.0 GFLOPs published",
     ),
+    Published("transnext_micro", 224, 12_809_304, 2.59, 82.5, _TRANSNEXT, "2.65 GMACs as released"),
+    Published("transnext_tiny", 224, 28_258_960, 5.65, 84.0, _TRANSNEXT),
+    Published("transnext_small", 224, 49_741_564, 10.15, 84.7, _TRANSNEXT),
+    Published("transnext_small", 384, 49_741_564, 31.60, 86.0, _TRANSNEXT, "fine-tuned from 224"),
+    Published("transnext_base", 224, 89_721_496, 18.14, 84.8, _TRANSNEXT),
+    Published("transnext_base", 384, 89_721_496, 55.71, 86.2, _TRANSNEXT, "fine-tuned from 224"),
+    Published("transnext_micro_AAAA", 256, 13_114_008, 3.26, 82.6, _TRANSNEXT, "pooled attention in all stages"),
     Published("s2aformer_mini", 224, 5_015_836, 0.439, 75.1, _S2AFORMER, _s2aformer("0.43")),
     Published("s2aformer_mini", 256, 5_015_836, 0.579, 75.7, _S2AFORMER, _s2aformer("0.56")),
     Published("s2aformer_t", 224, 5_801_770, 0.665, 77.7, _S2AFORMER, _s2aformer("0.655")),
@@ -121,12 +128,30 @@ ZOO: tuple[Published, ...] = (
     Published("stvit_large", 224, 94_971_096, 15.54, 85.3, _STVIT),
     Published("stvit_large", 384, 94_971_096, 49.58, 86.4, _STVIT),
     Published(
-        "stvit_r_swin_tiny", 224, 28_320_214, 3.54, None, "", "the release has its configuration only, no result"
+        "stvit_r_swin_tiny",
+        224,
+        28_320_214,
+        3.54,
+        None,
+        "",
+        "3.60 GMACs as released, which has its configuration only, no result",
     ),
     Published(
-        "stvit_r_swin_small", 224, 49_625_518, 5.63, 82.7, _STVIT_R, "82.65 in its log; 82.43 in a user's retraining"
+        "stvit_r_swin_small",
+        224,
+        49_625_518,
+        5.63,
+        82.7,
+        _STVIT_R,
+        "5.80 GMACs as released; 82.65 in its log, 82.43 in a user's retraining",
     ),
     Published(
-        "stvit_r_swin_base", 224, 87_812_336, 9.92, 83.2, _STVIT_R, "83.21 in its log; 82.72 in a user's retraining"
+        "stvit_r_swin_base",
+        224,
+        87_812_336,
+        9.92,
+        83.2,
+        _STVIT_R,
+        "10.23 GMACs as released; 83.21 in its log, 82.72 in a user's retraining",
     ),
 )

@@ -5,7 +5,15 @@ fast path of the device at hand.
 """
 
 from effbackbones.ops._backend import ops_backend, use_reference
+from effbackbones.ops.aggregated_attention import aggregated_attention
 from effbackbones.ops.super_tokens import sample_super_tokens, super_token_attention
 from effbackbones.ops.token_merging import token_merging
 
-__all__ = ["ops_backend", "sample_super_tokens", "super_token_attention", "token_merging", "use_reference"]
+__all__ = [
+    "aggregated_attention",
+    "ops_backend",
+    "sample_super_tokens",
+    "super_token_attention",
+    "token_merging",
+    "use_reference",
+]

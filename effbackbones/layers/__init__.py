@@ -10,6 +10,7 @@ from effbackbones.layers.attention import (
     why_not,
 )
 from effbackbones.layers.cached import Cached, constant
+from effbackbones.layers.downsample import ConvDownsample
 from effbackbones.layers.head import ProjectionHead
 from effbackbones.layers.linear import Linear, linear_bhwc
 from effbackbones.layers.mlp import Mlp
@@ -25,6 +26,7 @@ from effbackbones.layers.window import (
 
 __all__ = [
     "Cached",
+    "ConvDownsample",
     "Linear",
     "Mlp",
     "ProjectionHead",

@@ -6,6 +6,7 @@ from typing import Any, ClassVar, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -14,7 +15,7 @@ T = TypeVar("T")
 def constant(function: Callable[P, T]) -> Callable[P, T]:
     """Decorate a function of hashable arguments that makes index tables, masks and the like: keep its last 64 results.
 
-    Under torch.compile and torch.export the function is traced instead.
+    Under torch.compile, torch.export and modes that trace or fake tensors the function is called instead.
     """
 
     @functools.lru_cache(maxsize=64)
@@ -25,9 +26,14 @@ def constant(function: Callable[P, T]) -> Callable[P, T]:
 
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> T:
-        return function(*args, **kwargs) if torch.compiler.is_compiling() else cached(*args, **kwargs)
+        return function(*args, **kwargs) if _traced() else cached(*args, **kwargs)
 
     return wrapper
+
+
+def _traced() -> bool:
+    """Return whether tensors may be other than what they seem: what is made of them must not outlive the call."""
+    return torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
 
 
 class Cached(nn.Module):
@@ -54,7 +60,7 @@ class Cached(nn.Module):
             compute: Computes it, a tensor or a tuple of tensors.
         """
         needs_grad = torch.is_grad_enabled() and any(source.requires_grad for source in sources)
-        passing = torch.compiler.is_compiling() or any(source.is_inference() or source.is_meta for source in sources)
+        passing = _traced() or any(source.is_inference() or source.is_meta for source in sources)
         if self.training or needs_grad or passing:
             return compute()
         device = sources[0].device.type

@@ -3,7 +3,7 @@
 Layouts in names: b batch, c channels, h and w rows and columns, n tokens in raster order.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -281,10 +281,25 @@ def init_conv(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-def create_backbone(cls: type[HierarchicalBackbone], variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
-    """Build a registered variant of `cls` as timm builds its own: configs, weights and `features_only` included."""
+def create_backbone(
+    cls: type[HierarchicalBackbone],
+    variant: str,
+    pretrained: bool,
+    defaults: Mapping[str, Any],
+    kwargs: Mapping[str, Any],
+) -> nn.Module:
+    """Build a registered variant of `cls` as timm builds its own: configs, weights and `features_only` included.
+
+    Args:
+        cls: The family's class.
+        variant: Registered name.
+        pretrained: Load the weights that the variant's pretrained config names.
+        defaults: Constructor arguments that make the variant.
+        kwargs: What the caller of timm.create_model gave, which comes first.
+    """
+    arguments = {**defaults, **kwargs}
     # A file goes to load_pretrained: timm's own reader takes averaged weights wherever there are any.
-    overlay = {"custom_load": True, **(kwargs.pop("pretrained_cfg_overlay", None) or {})}
+    overlay = {"custom_load": True, **(arguments.pop("pretrained_cfg_overlay", None) or {})}
     return build_model_with_cfg(
         cls,
         variant,
@@ -292,5 +307,5 @@ def create_backbone(cls: type[HierarchicalBackbone], variant: str, pretrained: b
         pretrained_cfg_overlay=overlay,
         pretrained_filter_fn=checkpoint_filter_fn,
         feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
-        **kwargs,
+        **arguments,
     )

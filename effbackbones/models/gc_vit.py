@@ -394,8 +394,7 @@ _BASE = {"dim": 128, "num_heads": (4, 8, 16, 32), "mlp_ratio": 2.0, "layer_scale
 _LARGE = {"dim": 192, "num_heads": (6, 12, 24, 48), "mlp_ratio": 2.0, "layer_scale": 1e-5}
 
 
-def _create(variant: str, pretrained: bool, args: dict[str, Any], kwargs: dict[str, Any]) -> nn.Module:
-    return create_backbone(GCViT, variant, pretrained, **{**args, **kwargs})
+_create = partial(create_backbone, GCViT)
 
 
 @register_model

@@ -11,7 +11,7 @@ h and d heads and the channels of one where they come together.
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ from timm.layers import DropPath, LayerNorm2d, calculate_drop_path_rates, trunc_
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from effbackbones.layers import Cached, Mlp, ProjectionHead, attend, pad_to_windows
+from effbackbones.layers import Mlp, ProjectionHead, attend, pad_to_windows
 from effbackbones.models._hierarchical import (
     HierarchicalBackbone,
     Stage,
@@ -30,25 +30,7 @@ from effbackbones.models._hierarchical import (
 )
 
 
-class ConvNorm(Cached):
-    """A module with a convolution that a batch norm follows: one convolution where the norm's statistics rest."""
-
-    def conv_norm(self, x_bchw: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
-        """Return norm(conv(x_bchw))."""
-        if norm.training:
-            return norm(conv(x_bchw))
-        sources: Any = (conv.weight, norm.weight, norm.bias, norm.running_mean, norm.running_var)
-
-        def folded() -> tuple[Tensor, Tensor]:
-            weight, gamma, beta, mean, var = sources
-            scale = gamma / (var + norm.eps).sqrt()
-            return weight * scale[:, None, None, None], beta - mean * scale
-
-        weight, bias = self.kept("folded", sources, folded)
-        return F.conv2d(x_bchw, weight, bias, conv.stride, conv.padding, groups=conv.groups)
-
-
-class StemLayer(ConvNorm):
+class StemLayer(nn.Module):
     """A 3x3 convolution, a batch norm, a GELU."""
 
     def __init__(self, in_dim: int, dim: int, stride: int):
@@ -57,7 +39,7 @@ class StemLayer(ConvNorm):
         self.bn = nn.BatchNorm2d(dim)
 
     def forward(self, x_bchw: Tensor) -> Tensor:
-        return F.gelu(self.conv_norm(x_bchw, self.conv, self.bn))
+        return F.gelu(self.bn(self.conv(x_bchw)))
 
 
 class Stem(nn.Sequential):
@@ -83,14 +65,11 @@ class PatchEmbed(nn.Module):
         return self.norm(self.conv(x_bhwc.permute(0, 3, 1, 2)))
 
 
-class StripAttention(ConvNorm):
+class StripAttention(nn.Module):
     """Attention of all tokens to a spatially reduced map, with queries and keys of one channel per head.
 
     A logit is a single product, q times k, that no scale makes smaller: it stays in float32 under autocast.
     """
-
-    plain_limit: ClassVar[int] = 2**18
-    """A head stores its attention weights up to so many: 1 MiB in float32, which images of up to 256 px fit in."""
 
     def __init__(self, dim: int, heads: int, sr_ratio: int):
         super().__init__()
@@ -108,7 +87,7 @@ class StripAttention(ConvNorm):
         """Return the tokens that keys and values are made of, (B, M, C)."""
         if self.sr_ratio > 1:
             x_bchw = pad_to_windows(x_bhwc, (self.sr_ratio, self.sr_ratio)).permute(0, 3, 1, 2)
-            x_bhwc = self.conv_norm(x_bchw, self.sr, self.sr_bn).permute(0, 2, 3, 1)
+            x_bhwc = self.sr_bn(self.sr(x_bchw)).permute(0, 2, 3, 1)
         return x_bhwc.flatten(1, 2)
 
     def forward(self, x_bhwc: Tensor) -> Tensor:
@@ -118,7 +97,7 @@ class StripAttention(ConvNorm):
             v_bmc = self.proj(v_bmc)  # rows of attention weights sum to 1, so it may as well come first: M <= N
         v_bhmd = v_bmc.unflatten(2, (self.heads, -1)).transpose(1, 2)
         with nullcontext() if x_bhwc.is_meta else torch.autocast(x_bhwc.device.type, enabled=False):
-            out_bhnd = strip_attention(strip(x_bnc, self.q), strip(y_bmc, self.k), v_bhmd, self.plain_limit)
+            out_bhnd = strip_attention(strip(x_bnc, self.q), strip(y_bmc, self.k), v_bhmd)
         out_bhwc = out_bhnd.transpose(1, 2).reshape(x_bhwc.shape)
         return out_bhwc if self.heads == 1 else self.proj(out_bhwc)
 
@@ -130,20 +109,17 @@ def strip(x_bnc: Tensor, layer: nn.Linear) -> Tensor:
     return x_bnh.transpose(1, 2).unsqueeze(-1)
 
 
-def strip_attention(q_bhn1: Tensor, k_bhm1: Tensor, v_bhmd: Tensor, plain_limit: int) -> Tensor:
-    """Return softmax(q k^T) v, (B, heads, N, d), in v's dtype; the softmax is in that of q and k.
+def strip_attention(q_bhn1: Tensor, k_bhm1: Tensor, v_bhmd: Tensor) -> Tensor:
+    """Return softmax(q k^T) v, (B, heads, N, d), in v's dtype; it is computed in that of q and k.
 
-    No fused kernel takes a single channel: zeros widen q and k to that of v. Where a head has at most `plain_limit`
-    weights, they are computed and stored instead, which is faster.
+    No fused kernel takes a single channel: zeros, which change no logit, widen q and k to that of v.
     """
-    if q_bhn1.shape[2] * k_bhm1.shape[2] <= plain_limit:
-        return (q_bhn1 * k_bhm1.transpose(2, 3)).softmax(-1).to(v_bhmd.dtype) @ v_bhmd
     widen = (0, v_bhmd.shape[3] - 1)
     out_bhnd = attend(F.pad(q_bhn1, widen), F.pad(k_bhm1, widen), v_bhmd.to(q_bhn1.dtype), scale=1.0)
     return out_bhnd.to(v_bhmd.dtype)
 
 
-class LocalInteraction(ConvNorm):
+class LocalInteraction(nn.Module):
     """Two 3x3 depthwise convolutions with a batch norm and a GELU between, on maps (B, H, W, C)."""
 
     def __init__(self, dim: int):
@@ -153,7 +129,7 @@ class LocalInteraction(ConvNorm):
         self.dw2 = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
 
     def forward(self, x_bhwc: Tensor) -> Tensor:
-        x_bchw = F.gelu(self.conv_norm(x_bhwc.permute(0, 3, 1, 2), self.dw1, self.bn))
+        x_bchw = F.gelu(self.bn(self.dw1(x_bhwc.permute(0, 3, 1, 2))))
         return self.dw2(x_bchw).permute(0, 2, 3, 1)
 
 
@@ -241,14 +217,18 @@ class S2AFormer(HierarchicalBackbone):
         for i, (in_dim, dim) in enumerate(zip((stem_width, *dims), dims, strict=False)):
             blocks = [Block(dim, num_heads[i], sr_ratios[i], mlp_ratio, rate) for rate in rates[i]]
             stages.append(Stage(PatchEmbed(in_dim, dim), blocks))
-        head = ProjectionHead(
-            dims[-1],
-            head_hidden_size,
-            num_classes,
-            nn.GELU(),
-            bias=False,
-            pool_type=global_pool,
-            drop_rate=drop_rate,
+        head = (
+            None
+            if dense
+            else ProjectionHead(
+                dims[-1],
+                head_hidden_size,
+                num_classes,
+                nn.GELU(),
+                bias=False,
+                pool_type=global_pool,
+                drop_rate=drop_rate,
+            )
         )
         super().__init__(
             Stem(in_chans, stem_width),
@@ -256,7 +236,7 @@ class S2AFormer(HierarchicalBackbone):
             dims,
             norm=nn.Identity(),
             output_norms=[LayerNorm2d(dim, eps=1e-6) for dim in dims] if dense else None,
-            head=None if dense else head,
+            head=head,
             num_classes=num_classes,
             in_chans=in_chans,
             global_pool=global_pool,
@@ -298,8 +278,7 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _create(variant: str, pretrained: bool, args: dict[str, Any], kwargs: dict[str, Any]) -> nn.Module:
-    return create_backbone(S2AFormer, variant, pretrained, **{**args, **kwargs})
+_create = partial(create_backbone, S2AFormer)
 
 
 @register_model

@@ -498,21 +498,23 @@ _cfg = partial(
 
 default_cfgs = generate_default_cfgs({"sgformer_s.in1k": _cfg(), "sgformer_m.in1k": _cfg(), "sgformer_b.in1k": _cfg()})
 
+_create = partial(create_backbone, SGFormer)
+
 
 @register_model
 def sgformer_s(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """SG-Former-S."""
-    return create_backbone(SGFormer, "sgformer_s", pretrained, **{"depths": (2, 4, 16, 1), **kwargs})
+    return _create("sgformer_s", pretrained, {"depths": (2, 4, 16, 1)}, kwargs)
 
 
 @register_model
 def sgformer_m(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """SG-Former-M."""
-    return create_backbone(SGFormer, "sgformer_m", pretrained, **{"depths": (2, 6, 28, 2), **kwargs})
+    return _create("sgformer_m", pretrained, {"depths": (2, 6, 28, 2)}, kwargs)
 
 
 @register_model
 def sgformer_b(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """SG-Former-B, whose heads in stage 0 have 24 channels."""
     args = {"depths": (4, 6, 24, 2), "dims": (96, 192, 384, 768), "heads": (4, 6, 12, 24)}
-    return create_backbone(SGFormer, "sgformer_b", pretrained, **{**args, **kwargs})
+    return _create("sgformer_b", pretrained, args, kwargs)

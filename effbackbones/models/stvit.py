@@ -18,7 +18,7 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from effbackbones.checkpoint import CheckpointError, KeyMap
-from effbackbones.layers import ProjectionHead, attend, layer_scales, scaled
+from effbackbones.layers import ConvDownsample, ProjectionHead, attend, layer_scales, scaled
 from effbackbones.models._hierarchical import HierarchicalBackbone, Stage, backbone_cfg, create_backbone, init_linear
 from effbackbones.ops import sample_super_tokens, super_token_attention
 
@@ -49,18 +49,6 @@ class Stem(nn.Sequential):
         return super().forward(x_bchw.contiguous(memory_format=torch.channels_last))
 
 
-class Downsample(nn.Module):
-    """A 3x3 convolution of stride 2 with a batch norm."""
-
-    def __init__(self, in_dim: int, dim: int):
-        super().__init__()
-        self.proj = nn.Conv2d(in_dim, dim, 3, stride=2, padding=1)
-        self.norm = nn.BatchNorm2d(dim)
-
-    def forward(self, x_bchw: Tensor) -> Tensor:
-        return self.norm(self.proj(x_bchw))
-
-
 class DepthwiseResidual(nn.Conv2d):
     """A map plus its depthwise 3x3 convolution."""
 
@@ -68,7 +56,10 @@ class DepthwiseResidual(nn.Conv2d):
         super().__init__(dim, dim, 3, padding=1, groups=dim)
 
     def forward(self, x_bchw: Tensor) -> Tensor:
-        return super().forward(x_bchw).add_(x_bchw)  # in place: these are the largest maps
+        out_bchw = super().forward(x_bchw)
+        if out_bchw.dtype != x_bchw.dtype:  # autocast: the sum keeps the precision of the residual stream
+            return out_bchw + x_bchw
+        return out_bchw.add_(x_bchw)  # in place: these are the largest maps
 
 
 class ConvMlp(nn.Module):
@@ -171,7 +162,8 @@ class STViT(HierarchicalBackbone):
         in_chans: Channels of the image.
         num_classes: Width of the classifier; 0 for none.
         global_pool: Pooling of the classifier, by timm's name.
-        drop_rate: Dropout in front of the classifier.
+        drop_rate: Dropout in front of the classifier, as in timm; the release, trained without any, has it in other
+            places.
         drop_path_rate: Stochastic depth of the last block; from 0 it grows linearly over the blocks.
         img_size: Taken for uniformity; nothing depends on it.
         dense: Dense-prediction mode: no classifier.
@@ -226,17 +218,19 @@ class STViT(HierarchicalBackbone):
             blocks = [
                 Block(dim, num_heads[i], mlp_ratio, cells[i], rounds[i], rate, layer_scale[i]) for rate in rates[i]
             ]
-            stages.append(Stage(Downsample(dims[i - 1], dim) if i else None, blocks))
-        head = ProjectionHead(
-            dims[-1], projection, num_classes, nn.SiLU(), bias=True, pool_type=global_pool, drop_rate=drop_rate
-        )
+            stages.append(Stage(ConvDownsample(dims[i - 1], dim) if i else None, blocks))
+        head = None
+        if not dense:
+            head = ProjectionHead(
+                dims[-1], projection, num_classes, nn.SiLU(), bias=True, pool_type=global_pool, drop_rate=drop_rate
+            )
         super().__init__(
             Stem(in_chans, dims[0]),
             stages,
             dims,
             norm=nn.Identity(),
             output_norms=[nn.Identity() for _ in dims] if dense else None,
-            head=None if dense else head,
+            head=head,
             num_classes=num_classes,
             in_chans=in_chans,
         )
@@ -311,15 +305,26 @@ _cfg = partial(
 )
 
 
+_AT_384 = {"input_size": (3, 384, 384), "pool_size": (12, 12), "crop_pct": 1.0}
+
 default_cfgs = generate_default_cfgs(
-    {"stvit_small.in1k": _cfg(), "stvit_base.in1k": _cfg(), "stvit_large.in1k": _cfg()}
+    {
+        "stvit_small.in1k": _cfg(),
+        "stvit_small.ft_in1k_384": _cfg(**_AT_384),
+        "stvit_base.in1k": _cfg(),
+        "stvit_base.ft_in1k_384": _cfg(**_AT_384),
+        "stvit_large.in1k": _cfg(),
+        "stvit_large.ft_in1k_384": _cfg(**_AT_384),
+    }
 )
+
+_create = partial(create_backbone, STViT)
 
 
 @register_model
 def stvit_small(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """STViT-S, in the paper's tables SViT-S."""
-    return create_backbone(STViT, "stvit_small", pretrained, **kwargs)
+    return _create("stvit_small", pretrained, {}, kwargs)
 
 
 @register_model
@@ -331,7 +336,7 @@ def stvit_base(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         "num_heads": (2, 3, 6, 8),
         "layer_scale": (None, None, 1e-6, 1e-6),
     }
-    return create_backbone(STViT, "stvit_base", pretrained, **{**args, **kwargs})
+    return _create("stvit_base", pretrained, args, kwargs)
 
 
 @register_model
@@ -343,4 +348,4 @@ def stvit_large(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         "num_heads": (2, 3, 7, 10),
         "layer_scale": (None, None, 1e-6, 1e-6),
     }
-    return create_backbone(STViT, "stvit_large", pretrained, **{**args, **kwargs})
+    return _create("stvit_large", pretrained, args, kwargs)

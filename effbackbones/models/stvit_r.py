@@ -682,8 +682,7 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _create(variant: str, pretrained: bool, args: dict[str, Any], kwargs: dict[str, Any]) -> nn.Module:
-    return create_backbone(STViTR, variant, pretrained, **{**args, **kwargs})
+_create = partial(create_backbone, STViTR)
 
 
 @register_model

@@ -500,8 +500,7 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _create(variant: str, pretrained: bool, args: dict[str, Any], kwargs: dict[str, Any]) -> nn.Module:
-    return create_backbone(TransNeXt, variant, pretrained, **{**args, **kwargs})
+_create = partial(create_backbone, TransNeXt)
 
 
 @register_model

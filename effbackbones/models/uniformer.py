@@ -19,7 +19,16 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from effbackbones.checkpoint import KeyMap
-from effbackbones.layers import Mlp, attend, join_windows, layer_scales, pad_to_windows, scaled, split_windows
+from effbackbones.layers import (
+    ConvDownsample,
+    Mlp,
+    attend,
+    join_windows,
+    layer_scales,
+    pad_to_windows,
+    scaled,
+    split_windows,
+)
 from effbackbones.models._hierarchical import HierarchicalBackbone, Stage, backbone_cfg, create_backbone, init_linear
 
 
@@ -49,18 +58,6 @@ class ConvStem(nn.Module):
     def forward(self, x_bchw: Tensor) -> Tensor:
         x_bchw = self.act(self.norm1(self.conv1(x_bchw)))
         return self.norm2(self.conv2(x_bchw))
-
-
-class ConvDownsample(nn.Module):
-    """A 3x3 convolution of stride 2 with a batch norm."""
-
-    def __init__(self, in_dim: int, dim: int):
-        super().__init__()
-        self.proj = nn.Conv2d(in_dim, dim, 3, stride=2, padding=1)
-        self.norm = nn.BatchNorm2d(dim)
-
-    def forward(self, x_bchw: Tensor) -> Tensor:
-        return self.norm(self.proj(x_bchw))
 
 
 class ConvBlock(nn.Module):
@@ -517,20 +514,12 @@ default_cfgs = generate_default_cfgs(
 _SMALL = {"depths": (3, 4, 8, 3)}
 _SMALL_PLUS = {"depths": (3, 5, 9, 3), "conv_stem": True, "conv_downsample": True}
 _BASE = {"depths": (5, 8, 20, 7)}
+_LIGHT_ARGS = {"mlp_ratio": 3.0, "conv_stem": True}
 
 
-def _plain(variant: str, pretrained: bool, args: dict[str, Any], kwargs: dict[str, Any]) -> nn.Module:
-    return create_backbone(UniFormer, variant, pretrained, **{**args, **kwargs})
-
-
-def _light(variant: str, pretrained: bool, args: dict[str, Any], kwargs: dict[str, Any]) -> nn.Module:
-    return create_backbone(
-        UniFormerLight, variant, pretrained, **{"mlp_ratio": 3.0, "conv_stem": True, **args, **kwargs}
-    )
-
-
-def _tl(variant: str, pretrained: bool, args: dict[str, Any], kwargs: dict[str, Any]) -> nn.Module:
-    return create_backbone(UniFormerTokenLabelling, variant, pretrained, **{**args, **kwargs})
+_plain = partial(create_backbone, UniFormer)
+_light = partial(create_backbone, UniFormerLight)
+_tl = partial(create_backbone, UniFormerTokenLabelling)
 
 
 @register_model
@@ -566,14 +555,14 @@ def uniformer_base_ls(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 @register_model
 def uniformer_xxs(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """UniFormer-XXS, with token pruning."""
-    args = {"depths": (2, 5, 8, 2), "dims": (56, 112, 224, 448), "head_dim": 28}
+    args = {"depths": (2, 5, 8, 2), "dims": (56, 112, 224, 448), "head_dim": 28, **_LIGHT_ARGS}
     return _light("uniformer_xxs", pretrained, args, kwargs)
 
 
 @register_model
 def uniformer_xs(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """UniFormer-XS, with token pruning."""
-    args = {"depths": (3, 5, 9, 3), "dims": (64, 128, 256, 512), "head_dim": 32}
+    args = {"depths": (3, 5, 9, 3), "dims": (64, 128, 256, 512), "head_dim": 32, **_LIGHT_ARGS}
     return _light("uniformer_xs", pretrained, args, kwargs)
 
 

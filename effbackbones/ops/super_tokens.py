@@ -77,27 +77,25 @@ def _sample(x_gnc: Tensor, grid: Grid, n_iter: int) -> tuple[Tensor, Tensor]:
     """Return the super tokens (B, h, w, C), and the association (B h w, 9, N), a constant to the gradient."""
     fixed_gnc = x_gnc.detach()
     s_bhwc = fixed_gnc.mean(1).reshape(-1, *grid, fixed_gnc.shape[-1])
-    q_gkn, total_bhw1 = _associate(s_bhwc, fixed_gnc)
+    q_gkn, share_gkn = _associate(s_bhwc, fixed_gnc)
     for _ in range(n_iter - 1):
-        q_gkn, total_bhw1 = _associate(_weighted_mean(q_gkn, fixed_gnc, total_bhw1), fixed_gnc)
-    return _weighted_mean(q_gkn, x_gnc, total_bhw1), q_gkn
+        q_gkn, share_gkn = _associate(_collect(share_gkn @ fixed_gnc, grid), fixed_gnc)
+    return _collect(share_gkn @ x_gnc, grid), q_gkn
 
 
 def _associate(s_bhwc: Tensor, x_gnc: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the weights of pixels for their super tokens, (B h w, 9, N), and the total of each super token.
+    """Return the weights of pixels for their super tokens, and their shares in these, both (B h w, 9, N).
 
+    A super token's shares sum to 1: it is divided by the sum of its weights. The small number is none in float16, nor
+    is the quotient's gradient, so these are in float32, and sums of pixels are of shares, never of weights.
     They lie neighbour by neighbour, as softmax and sums are faster along the pixels than along nine numbers.
     """
     dtype = torch.float64 if x_gnc.dtype == torch.float64 else torch.float32
     scores_gkn = _neighbours(s_bhwc * s_bhwc.shape[-1] ** -0.5) @ x_gnc.transpose(1, 2)
     q_gkn = scores_gkn.softmax(1, dtype=dtype)
-    return q_gkn.to(x_gnc.dtype), _collect(q_gkn.sum(2, keepdim=True), (s_bhwc.shape[1], s_bhwc.shape[2]))
-
-
-def _weighted_mean(q_gkn: Tensor, x_gnc: Tensor, total_bhw1: Tensor) -> Tensor:
-    """Return each super token's mean (B, h, w, C) of pixels; the small number is none in float16, so not in that."""
-    sums_bhwc = _collect((q_gkn @ x_gnc).to(total_bhw1.dtype), (total_bhw1.shape[1], total_bhw1.shape[2]))
-    return (sums_bhwc / (total_bhw1 + 1e-12)).to(x_gnc.dtype)
+    total_bhw1 = _collect(q_gkn.sum(2, keepdim=True), (s_bhwc.shape[1], s_bhwc.shape[2]))
+    share_gkn = q_gkn * _neighbours(1 / (total_bhw1 + 1e-12))
+    return q_gkn.to(x_gnc.dtype), share_gkn.to(x_gnc.dtype)
 
 
 def _neighbours(s_bhwc: Tensor) -> Tensor:
@@ -125,13 +123,14 @@ def _reference(x_bhwc: Tensor, cell: int, n_iter: int, refine: Callable[[Tensor]
     dtype = torch.float64 if x_bhwc.dtype == torch.float64 else torch.float32
 
     def neighbours(s_bchw: Tensor) -> Tensor:
-        return F.unfold(s_bchw, 3, padding=1).reshape(-1, c, 9, h * w).permute(0, 3, 2, 1)
+        return F.unfold(s_bchw, 3, padding=1).reshape(-1, s_bchw.shape[1], 9, h * w).permute(0, 3, 2, 1)
 
     def collect(part_bgkc: Tensor) -> Tensor:
         return F.fold(part_bgkc.permute(0, 3, 2, 1).flatten(1, 2), (h, w), 3, padding=1)
 
     def update() -> Tensor:
-        return (collect((q_bgnk.to(x_bgnc.dtype).mT @ x_bgnc).to(dtype)) / (total_b1hw + 1e-12)).to(x_bgnc.dtype)
+        share_bgnk = q_bgnk * neighbours(1 / (total_b1hw + 1e-12)).mT  # float32, as the quotient needs
+        return collect(share_bgnk.to(x_bgnc.dtype).mT @ x_bgnc)
 
     with torch.no_grad():
         s_bchw = x_bgnc.mean(2).mT.reshape(-1, c, h, w)

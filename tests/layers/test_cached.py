@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from effbackbones.layers import Cached, constant
 
@@ -280,3 +281,15 @@ def test_at_most_64_constants_are_kept():
     for n in (*range(65), 64, 1, 0):
         assert number(n) == n
     assert calls == [*range(65), 0]
+
+
+def test_nothing_is_kept_of_tensors_that_are_faked():
+    @constant
+    def indices(n: int) -> Tensor:
+        return torch.arange(n)
+
+    with FakeTensorMode():
+        assert isinstance(indices(3), FakeTensor)
+    assert indices(3).tolist() == [0, 1, 2]
+    with FakeTensorMode():
+        assert isinstance(indices(3), FakeTensor)

@@ -3,6 +3,7 @@
 import argparse
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from models import comparison
 from models import reference_gc_vit as reference
+from models.comparison import assert_numbers_of_fixture, error
 from models.reference_gc_vit import NATIVE, VARIANTS, Config, square, state_dict_shapes
-from parity.parity import fill_state_dict, load_fixture, make_input, reference_state_dict, subsample
+from parity.parity import fill_state_dict, load_fixture, make_input, reference_state_dict
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -26,12 +29,6 @@ FIXTURES = sorted((Path(__file__).parents[1] / "parity" / "gcvit").glob("*.json"
 CLASSES = 5
 SMALL = Config((2, 3, 2, 2), (1, 2, 2, 4), dim=16)
 DENSE = square(24, 24, 24, 24)
-
-
-def error(ours: Tensor, expected: Tensor) -> float:
-    """Return the largest difference over the largest value expected."""
-    assert ours.shape == expected.shape
-    return ((ours - expected).abs().max() / expected.abs().max()).item()
 
 
 def filled(config: Config) -> dict[str, Tensor]:
@@ -62,26 +59,7 @@ def ported(config: Config, **kwargs: Any) -> Any:
 
 
 def assert_same_numbers(model: Any, config: Config, size: tuple[int, int]) -> None:
-    """Compare logits, maps and the gradients of input and parameters with those of the literal implementation."""
-    leaves = {key: value.requires_grad_() for key, value in filled(config).items()}
-    x, y = (make_input((2, 3, *size)).requires_grad_() for _ in range(2))
-    logits, maps = reference.forward(leaves, x, config)
-    expected = maps if logits is None else [logits, *maps]
-    last, ours = model.forward_intermediates(y)
-    if logits is not None:
-        ours = [model.forward_head(last), *ours]
-    for a, b in zip(ours, expected, strict=True):
-        assert error(a, b) < 1e-9
-
-    cotangents = [make_input(tuple(b.shape), seed) for seed, b in enumerate(expected, start=1)]
-    torch.autograd.backward(ours, cotangents)
-    grads = torch.autograd.grad(expected, [x, *leaves.values()], cotangents)
-    assert error(y.grad, grads[0]) < 1e-9
-    by_our_names = checkpoint_filter_fn(dict(zip(leaves, grads[1:], strict=True)), model)
-    for key, parameter in model.named_parameters():
-        # Where a window has one token, queries, keys and biases get no gradient but rounding noise.
-        tolerance = 1e-9 * by_our_names[key].abs().max() + 1e-12
-        assert (parameter.grad - by_our_names[key]).abs().max() < tolerance, key
+    comparison.assert_same_numbers(model, partial(reference.forward, config=config), filled(config), size)
 
 
 # Parity
@@ -89,7 +67,7 @@ def assert_same_numbers(model: Any, config: Config, size: tuple[int, int]) -> No
 
 @pytest.mark.parametrize("path", FIXTURES, ids=lambda path: path.stem)
 def test_official_checkpoint_file_gives_official_numbers(path, tmp_path):
-    meta, expected = load_fixture(path)
+    meta, _ = load_fixture(path)
     state = reference_state_dict(meta)
     state |= {key: torch.zeros(shape, dtype=torch.long) for key, shape in meta["int_buffers"].items()}
     dense = "dense" in path.stem
@@ -113,27 +91,20 @@ def test_official_checkpoint_file_gives_official_numbers(path, tmp_path):
     x = make_input(meta["input_shape"], meta["input_seed"])
     with torch.no_grad():
         last, maps = model.forward_intermediates(x)
-        ours = {} if dense else {"logits": model.forward_head(last).numpy()}
-    assert [list(m.shape) for m in maps] == meta["feature_shapes"]
-    ours |= {f"feature_{i}": subsample(m) for i, m in enumerate(maps)}
-    errors = {k: abs(ours[k] - expected[k]).max() / abs(expected[k]).max() for k in expected}
-    assert max(errors.values()) < 1e-9, errors
+        logits = model.forward_head(last)
+    assert_numbers_of_fixture(path, logits, maps)
 
 
 @pytest.mark.parametrize("path", FIXTURES, ids=lambda path: path.stem)
 @torch.no_grad()
 def test_literal_implementation_gives_official_numbers(path):
-    meta, expected = load_fixture(path)
+    meta, _ = load_fixture(path)
     windows = meta["kwargs"].get("window_size", [7, 7, 14, 7])
     config = Config(tuple(meta["kwargs"]["depths"]), windows=square(*windows), dense="dense" in path.stem)
     state = reference_state_dict(meta)
     assert {key: tuple(value.shape) for key, value in state.items()} == state_dict_shapes(config)
     logits, maps = reference.forward(state, make_input(meta["input_shape"], meta["input_seed"]), config)
-    ours = {f"feature_{i}": subsample(m) for i, m in enumerate(maps)}
-    if logits is not None:
-        ours["logits"] = logits.numpy()
-    errors = {k: abs(ours[k] - expected[k]).max() / abs(expected[k]).max() for k in expected}
-    assert max(errors.values()) < 1e-9, errors
+    assert_numbers_of_fixture(path, logits, maps)
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,11 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from models import comparison
 from models import reference_s2aformer as reference
+from models.comparison import assert_numbers_of_fixture, error
 from models.reference_s2aformer import VARIANTS, Config, state_dict_shapes
-from parity.parity import fill_state_dict, load_fixture, make_input, reference_state_dict, subsample
+from parity.parity import fill_state_dict, load_fixture, make_input, reference_state_dict
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -19,20 +22,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from effbackbones.models import s2aformer
 from effbackbones.models._hierarchical import checkpoint_filter_fn
-from effbackbones.models.s2aformer import Block, LocalInteraction, PatchEmbed, StripAttention, strip_attention
+from effbackbones.models.s2aformer import Block, PatchEmbed, StripAttention, strip_attention
 
 FIXTURES = sorted((Path(__file__).parents[1] / "parity" / "s2aformer").glob("*.json"))
 CLASSES = 5
 WEIGHTS = ("weight", "bias")
 SMALL = Config((1, 2, 2, 1), (8, 12, 16, 24), (1, 3, 2, 4), stem_width=4, head_hidden_size=20)
-
-each_form = pytest.mark.parametrize("limit", [StripAttention.plain_limit, 0], ids=["plain", "fused"])
-
-
-def error(ours: Tensor, expected: Tensor) -> float:
-    """Return the largest difference over the largest value expected."""
-    assert ours.shape == expected.shape
-    return ((ours - expected).abs().max() / expected.abs().max().clamp_min(1e-300)).item()
 
 
 def built(config: Config, **kwargs: Any) -> Any:
@@ -49,29 +44,8 @@ def ported(config: Config) -> Any:
 
 
 def assert_same_numbers(config: Config, size: tuple[int, int]) -> None:
-    """Compare logits, maps and the gradients of input and parameters with those of the literal implementation."""
-    model, state = ported(config), fill_state_dict(state_dict_shapes(config, CLASSES))
-    leaves = {key: value.requires_grad_() for key, value in state.items() if "running_" not in key and value.ndim}
-    x, y = (make_input((2, 3, *size)).requires_grad_() for _ in range(2))
-    logits, expected = reference.forward(state, x, config)
-    ours = model.forward_intermediates(y, intermediates_only=True)
-    if logits is not None:
-        ours, expected = [model(y), *ours], [logits, *expected]
-    for a, b in zip(ours, expected, strict=True):
-        assert error(a, b) < 1e-9
-
-    cotangents = [make_input(tuple(b.shape), seed) for seed, b in enumerate(expected, start=1)]
-    torch.autograd.backward(ours, cotangents)
-    grads = dict(zip(["x", *leaves], torch.autograd.grad(expected, [x, *leaves.values()], cotangents), strict=True))
-    assert error(y.grad, grads.pop("x")) < 1e-9
-    parameters = dict(model.named_parameters())
-    assert parameters.keys() == grads.keys()
-    for key, grad in grads.items():
-        if key.endswith("attn.k.bias"):  # softmax does not see it: a gradient of rounding errors
-            scale = grads[key.replace("k.bias", "q.bias")].abs().max()
-            assert max(grad.abs().max(), parameters[key].grad.abs().max()) <= 1e-12 * scale, key
-        else:
-            assert error(parameters[key].grad, grad) < 1e-9, key
+    state = fill_state_dict(state_dict_shapes(config, CLASSES))
+    comparison.assert_same_numbers(ported(config), partial(reference.forward, config=config), state, size)
 
 
 # Parity
@@ -79,7 +53,7 @@ def assert_same_numbers(config: Config, size: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("path", FIXTURES, ids=lambda path: path.stem)
 def test_checkpoint_file_gives_the_numbers_of_the_fixture(path, tmp_path):
-    meta, expected = load_fixture(path)
+    meta, _ = load_fixture(path)
     torch.save({"model": reference_state_dict(meta), "epoch": 299}, tmp_path / "weights.pth")
     torch.set_default_dtype(torch.float64)
     try:
@@ -92,10 +66,7 @@ def test_checkpoint_file_gives_the_numbers_of_the_fixture(path, tmp_path):
     with torch.no_grad():
         last, maps = model.forward_intermediates(x)
         logits = model.forward_head(last)
-    assert [list(m.shape) for m in maps] == meta["feature_shapes"]
-    ours = {"logits": logits.numpy(), **{f"feature_{i}": subsample(m) for i, m in enumerate(maps)}}
-    errors = {k: abs(ours[k] - expected[k]).max() / abs(expected[k]).max() for k in expected}
-    assert max(errors.values()) < 1e-9, errors
+    assert_numbers_of_fixture(path, logits, maps)
 
 
 def test_fixture_was_made_of_the_registered_variant():
@@ -108,16 +79,14 @@ def test_fixture_was_made_of_the_registered_variant():
 
 @pytest.mark.parametrize("path", FIXTURES, ids=lambda path: path.stem)
 def test_literal_implementation_gives_the_numbers_of_the_fixture(path):
-    meta, expected = load_fixture(path)
+    meta, _ = load_fixture(path)
     config = VARIANTS[meta["model"]]
     assert state_dict_shapes(config) == {k: tuple(v) for k, v in meta["state_dict"].items()}
     with torch.no_grad():
         logits, maps = reference.forward(
             reference_state_dict(meta), make_input(meta["input_shape"], meta["input_seed"]), config
         )
-    ours = {"logits": logits.numpy(), **{f"feature_{i}": subsample(m) for i, m in enumerate(maps)}}
-    errors = {k: abs(ours[k] - expected[k]).max() / abs(expected[k]).max() for k in expected}
-    assert max(errors.values()) < 1e-9, errors
+    assert_numbers_of_fixture(path, logits, maps)
 
 
 def test_mini_at_224_in_float32_gives_the_logits_of_the_fixture():
@@ -129,11 +98,9 @@ def test_mini_at_224_in_float32_gives_the_logits_of_the_fixture():
     assert error(logits.double(), torch.from_numpy(expected["logits"])) < 1e-4
 
 
-@each_form
 @pytest.mark.parametrize("dense", [False, True], ids=["classifier", "dense"])
 @pytest.mark.parametrize("size", [(64, 96), (70, 101), (33, 250), (32, 32)], ids=str)
-def test_model_equals_the_literal_implementation(size, dense, limit, monkeypatch):
-    monkeypatch.setattr(StripAttention, "plain_limit", limit)
+def test_model_equals_the_literal_implementation(size, dense):
     assert_same_numbers(replace(SMALL, dense=dense), size)
 
 
@@ -318,42 +285,26 @@ def changed(attn: StripAttention, **tensors: Tensor) -> StripAttention:
     return attn
 
 
-def test_fused_form_equals_the_plain_one_with_its_gradients():
+def test_strip_attention_equals_the_plain_formula_with_its_gradients():
     results = []
-    for limit in (10**9, 0):
+    for function in (strip_attention, lambda q, k, v: (q * k.mT).softmax(-1) @ v):
         leaves = [make_input(shape, i) for i, shape in enumerate([(2, 3, 20, 1), (2, 3, 6, 1), (2, 3, 6, 4)])]
-        out = strip_attention(*(x.requires_grad_() for x in leaves), plain_limit=limit)
+        out = function(*(x.requires_grad_() for x in leaves))
         out.backward(make_input((2, 3, 20, 4), 3))
         results.append([out, *(x.grad for x in leaves)])
     for a, b in zip(*results, strict=True):
         assert error(a, b) < 1e-12
 
 
-@pytest.mark.parametrize(("side", "fused"), [(256, [False] * 4), (288, [True, False, False, False])], ids=str)
-def test_large_maps_alone_go_through_the_fused_form_at_scale_1(side, fused, monkeypatch):
-    calls = []
-    real = s2aformer.attend
-    monkeypatch.setattr(s2aformer, "attend", lambda q, k, v, **kw: calls.append((q, v, kw)) or real(q, k, v, **kw))
-    with torch.no_grad():
-        built(replace(SMALL, depths=(1, 1, 1, 1)))(torch.randn(2, 3, side, side))
-    assert len(calls) == sum(fused)
-    for q, v, kw in calls:
-        assert q.shape[3] == v.shape[3]
-        assert kw == {"scale": 1.0}
-
-
-@each_form
-def test_attention_weights_sum_to_one(limit):
+def test_attention_weights_sum_to_one():
     q, k = 3 * make_input((2, 3, 20, 1)), 3 * make_input((2, 3, 6, 1), 1)
-    out = strip_attention(q, k, torch.ones(2, 3, 6, 4, dtype=torch.float64), limit)
+    out = strip_attention(q, k, torch.ones(2, 3, 6, 4, dtype=torch.float64))
     assert (out - 1).abs().max() < 1e-14
 
 
-@each_form
 @pytest.mark.parametrize("heads", [1, 3])
 @torch.no_grad()
-def test_a_constant_added_to_the_keys_changes_nothing(heads, limit, monkeypatch):
-    monkeypatch.setattr(StripAttention, "plain_limit", limit)
+def test_a_constant_added_to_the_keys_changes_nothing(heads):
     attn, x = attention(12, heads, ratio=2), make_input((2, 5, 7, 12))
     assert error(changed(attn, k_bias=attn.k.bias + 2)(x), attn(x)) < 1e-12
     assert error(changed(attn, q_bias=attn.q.bias + 2)(x), attn(x)) > 1e-3
@@ -396,10 +347,8 @@ def test_heads_are_tied_across_queries_keys_values_and_projection():
     assert error(changed(attn, **strips)(x), attn(x)) > 1e-3
 
 
-@each_form
 @torch.no_grad()
-def test_equal_keys_give_the_mean_of_the_values(limit, monkeypatch):
-    monkeypatch.setattr(StripAttention, "plain_limit", limit)
+def test_equal_keys_give_the_mean_of_the_values():
     attn, x = attention(12, 3), make_input((2, 5, 7, 12))
     attn.k.weight.zero_()
     expected = attn.proj(attn.v(x).mean((1, 2), keepdim=True)).expand_as(x)
@@ -413,11 +362,9 @@ def test_a_single_token_gets_its_projected_value(heads):
     assert error(attn(x), attn.proj(attn.v(x))) < 1e-12
 
 
-@each_form
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @torch.no_grad()
-def test_logits_keep_float32_under_autocast(dtype, limit, monkeypatch):
-    monkeypatch.setattr(StripAttention, "plain_limit", limit)
+def test_logits_keep_float32_under_autocast(dtype):
     attn, x = attention(12, 3), make_input((2, 5, 7, 12)).to(dtype)
     attn.q.weight.mul_(100)  # logits beyond float16, and of differences that bfloat16 has no digits for
     attn.k.weight.mul_(100)
@@ -427,68 +374,10 @@ def test_logits_keep_float32_under_autocast(dtype, limit, monkeypatch):
     assert error(ours.double(), expected) < 0.05
 
 
-@each_form
 @torch.no_grad()
-def test_model_in_bfloat16_gives_finite_maps_of_its_dtype(limit, monkeypatch):
-    monkeypatch.setattr(StripAttention, "plain_limit", limit)
+def test_model_in_bfloat16_gives_finite_maps_of_its_dtype():
     maps = built(SMALL, features_only=True).bfloat16().eval()(torch.randn(1, 3, 64, 64, dtype=torch.bfloat16))
     assert all(m.dtype == torch.bfloat16 and m.isfinite().all() for m in maps)
-
-
-@torch.no_grad()
-def test_fused_form_compiles_without_a_graph_break(monkeypatch):
-    monkeypatch.setattr(StripAttention, "plain_limit", 0)
-    attn, x = attention(12, 3, ratio=2), make_input((2, 5, 7, 12))
-    torch._dynamo.reset()
-    assert error(torch.compile(attn, fullgraph=True, backend="eager")(x), attn(x)) < 1e-12
-    torch._dynamo.reset()
-
-
-# Folded batch norms
-
-
-def local(training: bool) -> LocalInteraction:
-    torch.manual_seed(0)
-    lim = LocalInteraction(6).double().train(training)
-    with torch.no_grad():
-        for tensor in (lim.bn.weight, lim.bn.bias, lim.bn.running_mean):
-            tensor.normal_()
-        lim.bn.running_var.uniform_(0.5, 1.5)
-    return lim
-
-
-def unfolded(lim: LocalInteraction, x_bhwc: Tensor) -> Tensor:
-    return lim.dw2(F.gelu(lim.bn(lim.dw1(x_bhwc.permute(0, 3, 1, 2))))).permute(0, 2, 3, 1)
-
-
-@pytest.mark.parametrize("training", [False, True], ids=["eval", "train with frozen norms"])
-def test_folded_norm_gives_equal_outputs_and_gradients(training):
-    results = []
-    for function in (LocalInteraction.__call__, unfolded):
-        lim, x = local(training), make_input((2, 5, 7, 6)).requires_grad_()
-        lim.bn.eval()
-        out = function(lim, x)
-        out.backward(make_input(tuple(out.shape), 1))
-        results.append({"out": out, "x": x.grad, **{key: p.grad for key, p in lim.named_parameters()}})
-    for key, expected in results[1].items():
-        assert error(results[0][key], expected) < 1e-12, key
-
-
-@torch.no_grad()
-def test_folded_norm_follows_statistics_that_training_moves():
-    lim, x = local(False), make_input((2, 5, 7, 6))
-    before = lim(x)
-    lim.train()(x)
-    after = lim.eval()(x)
-    assert error(after, before) > 1e-3
-    assert error(after, unfolded(lim, x)) < 1e-12
-
-
-@torch.no_grad()
-def test_norm_in_training_takes_the_statistics_of_the_batch():
-    lim, x = local(True), make_input((2, 5, 7, 6))
-    assert error(lim(x), unfolded(lim, x)) < 1e-12
-    assert lim.bn.num_batches_tracked == 2
 
 
 # Initialisation, weight decay, drop path

@@ -4,18 +4,20 @@ import argparse
 import functools
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnxruntime
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from models import comparison
 from models import reference_sg_former as reference
+from models.comparison import assert_numbers_of_fixture, error
 from models.reference_sg_former import VARIANTS, Config, state_dict_shapes
-from parity.parity import fill_state_dict, load_fixture, make_input, reference_state_dict, subsample
+from parity.parity import fill_state_dict, load_fixture, make_input, reference_state_dict
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
@@ -27,12 +29,6 @@ from effbackbones.models.sg_former import Block, FullAttention, GuidedAttention,
 FIXTURES = sorted((Path(__file__).parents[1] / "parity" / "sgformer").glob("*.json"))
 SMALL = Config((2, 4, 2, 1), (8, 12, 16, 24), (2, 2, 4, 3), grid=10)
 CLASSES = 5
-
-
-def error(ours: Tensor, expected: Tensor) -> float:
-    """Return the largest difference over the largest value expected."""
-    assert ours.shape == expected.shape
-    return ((ours - expected).abs().max() / expected.abs().max()).item()
 
 
 def build(config: Config = SMALL, **kwargs: Any) -> Any:
@@ -56,29 +52,7 @@ def ported(config: Config = SMALL, **kwargs: Any) -> Any:
 
 
 def assert_same_numbers(model: Any, config: Config, size: tuple[int, int], batch: int = 2) -> None:
-    """Compare logits, maps and the gradients of input and parameters with those of the literal implementation."""
-    state = {key: value.clone().requires_grad_() for key, value in filled(config).items()}
-    x, y = (make_input((batch, 3, *size)).requires_grad_() for _ in range(2))
-    logits, maps = reference.forward(state, x, config)
-    _, ours = model.forward_intermediates(y)
-    expected = maps
-    if not model.dense:
-        ours, expected = [model(y), *ours], [logits, *maps]
-    for a, b in zip(ours, expected, strict=True):
-        assert error(a, b) < 1e-9
-
-    cotangents = [make_input(tuple(b.shape), seed) for seed, b in enumerate(expected, start=1)]
-    torch.autograd.backward(ours, cotangents)
-    grads = torch.autograd.grad(expected, [x, *state.values()], cotangents, allow_unused=True)
-    assert error(y.grad, grads[0]) < 1e-9
-    named = dict(zip(state, grads[1:], strict=True))
-    assert {key for key, grad in named.items() if grad is None} == (
-        {"head.weight", "head.bias"} if model.dense else set()
-    )
-    named = {key: torch.zeros_like(state[key]) if grad is None else grad for key, grad in named.items()}
-    by_our_names = checkpoint_filter_fn(named, model)
-    for key, parameter in model.named_parameters():
-        assert error(parameter.grad, by_our_names[key]) < 1e-9, key
+    comparison.assert_same_numbers(model, partial(reference.forward, config=config), filled(config), size, batch)
 
 
 def guided(model: nn.Module) -> list[GuidedAttention]:
@@ -89,16 +63,9 @@ def guided(model: nn.Module) -> list[GuidedAttention]:
 
 
 @functools.lru_cache(maxsize=1)
-def official(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray], dict[str, Tensor]]:
-    meta, expected = load_fixture(path)
-    return meta, expected, reference_state_dict(meta)
-
-
-def assert_fixture(meta: dict[str, Any], expected: dict[str, np.ndarray], logits: Tensor, maps: list[Tensor]) -> None:
-    assert [list(m.shape) for m in maps] == meta["feature_shapes"]
-    ours = {"logits": logits.numpy(), **{f"feature_{i}": subsample(m) for i, m in enumerate(maps)}}
-    errors = {k: abs(ours[k] - expected[k]).max() / abs(expected[k]).max() for k in expected}
-    assert max(errors.values()) < 1e-9, errors
+def official(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    meta, _ = load_fixture(path)
+    return meta, reference_state_dict(meta)
 
 
 def assert_probe(meta: dict[str, Any], significances: dict[str, Tensor]) -> None:
@@ -117,7 +84,7 @@ each_fixture = pytest.mark.parametrize("path", FIXTURES, ids=lambda path: path.s
 @each_fixture
 @torch.no_grad()
 def test_official_checkpoint_file_gives_official_numbers(path, tmp_path):
-    meta, expected, state = official(path)
+    meta, state = official(path)
     content = {"epoch": 309, "arch": "SGFormer", "state_dict": state, "args": argparse.Namespace(lr=1e-3), "version": 2}
     torch.save(content, tmp_path / "official.pth")
     torch.set_default_dtype(torch.float64)
@@ -131,7 +98,7 @@ def test_official_checkpoint_file_gives_official_numbers(path, tmp_path):
     for i, stage in enumerate(model.stages[:3], start=1):
         stage.blocks[0].register_forward_hook(lambda *args, i=i: significances.update({f"block{i}.0": args[2][1]}))
     last, maps = model.forward_intermediates(make_input(meta["input_shape"], meta["input_seed"]))
-    assert_fixture(meta, expected, model.forward_head(last), maps)
+    assert_numbers_of_fixture(path, model.forward_head(last), maps)
     if "significance_probe" in meta:
         assert_probe(meta, significances)
 
@@ -139,11 +106,11 @@ def test_official_checkpoint_file_gives_official_numbers(path, tmp_path):
 @each_fixture
 @torch.no_grad()
 def test_literal_implementation_gives_official_numbers(path):
-    meta, expected, state = official(path)
+    meta, state = official(path)
     config = VARIANTS[meta["kwargs"]["model"]]
     assert state_dict_shapes(config) == {key: tuple(shape) for key, shape in meta["state_dict"].items()}
     logits, maps = reference.forward(state, make_input(meta["input_shape"], meta["input_seed"]), config)
-    assert_fixture(meta, expected, logits, maps)
+    assert_numbers_of_fixture(path, logits, maps)
 
 
 def test_averaged_weights_of_an_official_checkpoint_load(tmp_path):

@@ -9,26 +9,22 @@ from typing import Any
 import pytest
 import timm
 import torch
+from models import comparison
 from models import reference_stvit as reference
+from models.comparison import assert_numbers_of_fixture, error
 from models.reference_stvit import VARIANTS, Config, is_constant, state_dict_shapes
-from parity.parity import fill_state_dict, load_fixture, make_input, reference_state_dict, subsample
+from parity.parity import fill_state_dict, load_fixture, make_input, reference_state_dict
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
 from effbackbones.checkpoint import CheckpointError
 from effbackbones.models._hierarchical import checkpoint_filter_fn
-from effbackbones.models.stvit import Block
+from effbackbones.models.stvit import Block, DepthwiseResidual
 from effbackbones.ops import ops_backend
 
 FIXTURES = sorted((Path(__file__).parents[1] / "parity" / "stvit").glob("*.json"))
 CLASSES = 5
 IDENTITY = torch.eye(9, dtype=torch.float64).reshape(9, 1, 3, 3)
-
-
-def error(ours: Tensor, expected: Tensor) -> float:
-    """Return the largest difference over the largest value expected."""
-    assert ours.shape == expected.shape
-    return ((ours - expected).abs().max() / expected.abs().max()).item()
 
 
 def small(name: str, **changes: Any) -> Config:
@@ -67,30 +63,11 @@ def ported(name: str, config: Config, **kwargs: Any) -> Any:
 
 
 def assert_same_numbers(model: Any, config: Config, size: tuple[int, int]) -> None:
-    """Compare logits, maps and the gradients of input and parameters with those of the literal implementation."""
-    state = official(config)
-    leaves = {
-        key: value.requires_grad_()
-        for key, value in state.items()
-        if value.ndim and "running_" not in key and not is_constant(key)
-    }
-    x, y = (make_input((2, 3, *size)).requires_grad_() for _ in range(2))
-    logits, maps = reference.forward(state, x, config)
-    expected = maps if model.dense else [logits, *maps]
-    last, ours = model.forward_intermediates(y)
-    if not model.dense:
-        ours = [model.forward_head(last), *ours]
-    for a, b in zip(ours, expected, strict=True):
-        assert error(a, b) < 1e-9
-
-    cotangents = [make_input(tuple(b.shape), seed) for seed, b in enumerate(expected, start=1)]
-    torch.autograd.backward(ours, cotangents)
-    grads = torch.autograd.grad(expected, [x, *leaves.values()], cotangents, allow_unused=True)
-    assert error(y.grad, grads[0]) < 1e-9
-    named = {key: g for key, g in zip(leaves, grads[1:], strict=True) if g is not None}
-    by_our_names = checkpoint_filter_fn({key: named.get(key, value) for key, value in state.items()}, model)
-    for key, parameter in model.named_parameters():
-        assert error(parameter.grad, by_our_names[key]) < 1e-9, key
+    constants = {key: value for key, value in official(config).items() if is_constant(key)}
+    state = {key: value for key, value in official(config).items() if key not in constants}
+    comparison.assert_same_numbers(
+        model, lambda state, x: reference.forward({**state, **constants}, x, config), state, size
+    )
 
 
 # Parity
@@ -98,7 +75,7 @@ def assert_same_numbers(model: Any, config: Config, size: tuple[int, int]) -> No
 
 @pytest.mark.parametrize("path", FIXTURES, ids=lambda path: path.stem)
 def test_official_checkpoint_file_gives_official_numbers(path, tmp_path):
-    meta, expected = load_fixture(path)
+    meta, _ = load_fixture(path)
     # The fixtures fill the constants at random, although the reference ran with the identity.
     weights = {k: IDENTITY if is_constant(k) else v for k, v in reference_state_dict(meta).items()}
     file = tmp_path / "official.pth"
@@ -115,28 +92,33 @@ def test_official_checkpoint_file_gives_official_numbers(path, tmp_path):
     with torch.no_grad():
         last, maps = model.forward_intermediates(x)
         logits = model.forward_head(last)
-    assert [list(m.shape) for m in maps] == meta["feature_shapes"]
-    ours = {"logits": logits.numpy(), **{f"feature_{i}": subsample(m) for i, m in enumerate(maps)}}
-    errors = {k: abs(ours[k] - expected[k]).max() / abs(expected[k]).max() for k in expected}
-    assert max(errors.values()) < 1e-9, errors
+    assert_numbers_of_fixture(path, logits, maps)
 
 
 @pytest.mark.parametrize("path", FIXTURES, ids=lambda path: path.stem)
 def test_literal_implementation_gives_official_numbers(path):
-    meta, expected = load_fixture(path)
+    meta, _ = load_fixture(path)
     config = VARIANTS[path.stem.rsplit("_", 1)[0]]
     with torch.no_grad():
         x = make_input(meta["input_shape"], meta["input_seed"])
         logits, maps = reference.forward(reference_state_dict(meta), x, config)
-    ours = {"logits": logits.numpy(), **{f"feature_{i}": subsample(m) for i, m in enumerate(maps)}}
-    errors = {k: abs(ours[k] - expected[k]).max() / abs(expected[k]).max() for k in expected}
-    assert max(errors.values()) < 1e-9, errors
+    assert_numbers_of_fixture(path, logits, maps)
     assert state_dict_shapes(config) == {k: tuple(v) for k, v in meta["state_dict"].items()}
 
 
 @pytest.mark.parametrize(("name", "entries"), [("stvit_small", 478), ("stvit_base", 728), ("stvit_large", 910)])
 def test_literal_state_dict_has_the_official_number_of_entries(name, entries):
     assert len(state_dict_shapes(VARIANTS[name])) == entries
+
+
+@torch.no_grad()
+def test_residual_stream_keeps_float32_under_autocast():
+    residual = DepthwiseResidual(4)
+    x = torch.randn(1, 4, 5, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = residual(x)
+    assert out.dtype == torch.float32
+    assert error(out, residual(x)) < 0.01
 
 
 @torch.no_grad()

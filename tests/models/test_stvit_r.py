@@ -4,13 +4,16 @@ import math
 import sys
 import types
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
+from models import comparison
 from models import reference_stvit_r as reference
+from models.comparison import assert_numbers_of_fixture
 from models.reference_stvit_r import VARIANTS, Config, constants, state_dict_shapes
 from parity.parity import fill_state_dict, load_fixture, make_input, reference_state_dict, subsample
 from timm.optim import create_optimizer_v2
@@ -25,12 +28,6 @@ FIXTURES = sorted((Path(__file__).parents[1] / "parity" / "stvit_r").glob("*.jso
 CLASSES = 5
 SMALL = Config((1, 2, 6, 2), (8, 16, 16, 32), head_dim=8, mlp_ratio=2)
 DENSE = replace(SMALL, dense=True)
-
-
-def error(ours: Tensor, expected: Tensor) -> float:
-    """Return the largest difference over the largest value expected."""
-    assert ours.shape == expected.shape
-    return ((ours - expected).abs().max() / expected.abs().max()).item()
 
 
 def filled(config: Config) -> dict[str, Tensor]:
@@ -65,25 +62,8 @@ def ported(config: Config) -> Any:
 
 
 def assert_same_numbers(config: Config, size: tuple[int, int], batch: int = 2) -> None:
-    """Compare logits, maps and the gradients of input and parameters with those of the literal implementation."""
-    model, state = ported(config), filled(config)
-    leaves = {key: value.requires_grad_() for key, value in state.items() if "running_" not in key and value.ndim}
-    x, y = (make_input((batch, 3, *size)).requires_grad_() for _ in range(2))
-    logits, maps = reference.forward(state, x, config)
-    expected = maps if logits is None else [logits, *maps]
-    last, ours = model.forward_intermediates(y)
-    if logits is not None:
-        ours = [model.forward_head(last), *ours]
-    for a, b in zip(ours, expected, strict=True):
-        assert error(a, b) < 1e-9
-
-    cotangents = [make_input(tuple(b.shape), seed) for seed, b in enumerate(expected, start=1)]
-    torch.autograd.backward(ours, cotangents)
-    grads = torch.autograd.grad(expected, [x, *leaves.values()], cotangents)
-    assert error(y.grad, grads[0]) < 1e-9
-    by_our_names = checkpoint_filter_fn({**state, **dict(zip(leaves, grads[1:], strict=True))}, model)
-    for key, parameter in model.named_parameters():
-        assert error(parameter.grad, by_our_names[key]) < 1e-9, key
+    forward = partial(reference.forward, config=config)
+    comparison.assert_same_numbers(ported(config), forward, filled(config), size, batch)
 
 
 # Parity
@@ -102,7 +82,7 @@ def released(meta: dict[str, Any], state: dict[str, Tensor], config: Config) -> 
 @pytest.mark.parametrize("path", FIXTURES, ids=lambda path: path.stem)
 @torch.no_grad()
 def test_official_checkpoint_file_gives_official_numbers_and_so_does_the_literal_implementation(path, tmp_path):
-    meta, expected = load_fixture(path)
+    meta, _ = load_fixture(path)
     name, window = f"stvit_r_swin_{meta['kwargs']['variant']}", meta["kwargs"]["window_size"]
     config = replace(VARIANTS[name], window=window, dense="dense" in path.stem)
     state = {key: value for key, value in reference_state_dict(meta).items() if key not in meta["const_buffers"]}
@@ -122,11 +102,7 @@ def test_official_checkpoint_file_gives_official_numbers_and_so_does_the_literal
     x = make_input(meta["input_shape"], meta["input_seed"])
     last, ours = model.forward_intermediates(x)
     for logits, maps in ((model.forward_head(last), ours), reference.forward(state, x, config)):
-        assert [list(m.shape) for m in maps] == meta["feature_shapes"]
-        arrays = {f"feature_{i}": subsample(m) for i, m in enumerate(maps)}
-        arrays |= {} if config.dense else {"logits": logits.numpy()}
-        errors = {k: abs(arrays[k] - expected[k]).max() / abs(expected[k]).max() for k in expected}
-        assert max(errors.values()) < 1e-9, errors
+        assert_numbers_of_fixture(path, logits, maps)
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,11 @@ import onnxruntime
 import pytest
 import timm
 import torch
+from models import comparison
 from models import reference_transnext as reference
+from models.comparison import assert_numbers_of_fixture, error
 from models.reference_transnext import VARIANTS, Config, state_dict_shapes
-from parity.parity import fill_state_dict, load_fixture, make_input, reference_state_dict, subsample
+from parity.parity import fill_state_dict, load_fixture, make_input, reference_state_dict
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
@@ -23,12 +26,6 @@ from effbackbones.ops import ops_backend
 
 FIXTURES = sorted((Path(__file__).parents[1] / "parity" / "transnext").glob("*.json"))
 CLASSES = 5
-
-
-def error(ours: Tensor, expected: Tensor) -> float:
-    """Return the largest difference over the largest value expected (over 1e-3 where that is but rounding)."""
-    assert ours.shape == expected.shape
-    return ((ours - expected).abs().max() / expected.abs().max().clamp_min(1e-3)).item()
 
 
 def small(name: str = "transnext_micro", **changes: Any) -> Config:
@@ -60,24 +57,7 @@ def ported(config: Config, name: str = "transnext_micro") -> Any:
 
 
 def assert_same_numbers(model: Any, config: Config, size: tuple[int, int]) -> None:
-    """Compare logits, maps and the gradients of input and parameters with those of the literal implementation."""
-    state = {key: value.requires_grad_() for key, value in filled(config).items()}
-    x, y = (make_input((2, 3, *size)).requires_grad_() for _ in range(2))
-    logits, maps = reference.forward(state, x, config)
-    expected = maps if logits is None else [logits, *maps]
-    last, ours = model.forward_intermediates(y)
-    if logits is not None:
-        ours = [model.forward_head(last), *ours]
-    for a, b in zip(ours, expected, strict=True):
-        assert error(a, b) < 1e-9
-
-    cotangents = [make_input(tuple(b.shape), seed) for seed, b in enumerate(expected, start=1)]
-    torch.autograd.backward(ours, cotangents)
-    grads = torch.autograd.grad(expected, [x, *state.values()], cotangents)
-    assert error(y.grad, grads[0]) < 1e-9
-    by_our_names = checkpoint_filter_fn(dict(zip(state, grads[1:], strict=True)), model)
-    for key, parameter in model.named_parameters():
-        assert error(parameter.grad, by_our_names[key]) < 1e-9, key
+    comparison.assert_same_numbers(model, partial(reference.forward, config=config), filled(config), size)
 
 
 # Parity
@@ -93,17 +73,6 @@ def fixture_config(path: Path) -> tuple[str, Config]:
         img_size=kwargs["img_size"],
         pretrain_size=kwargs.get("pretrain_size", kwargs["img_size"]),
     )
-
-
-def assert_official_numbers(path: Path, logits: Tensor | None, maps: list[Tensor]) -> None:
-    meta, expected = load_fixture(path)
-    assert [list(m.shape) for m in maps] == meta["feature_shapes"]
-    ours = {f"feature_{i}": subsample(m) for i, m in enumerate(maps)}
-    if logits is not None:
-        ours["logits"] = logits.numpy()
-    assert ours.keys() == expected.keys()
-    errors = {k: abs(ours[k] - expected[k]).max() / abs(expected[k]).max() for k in expected}
-    assert max(errors.values()) < 1e-9, errors
 
 
 @pytest.mark.parametrize("path", FIXTURES, ids=lambda path: path.stem)
@@ -133,7 +102,7 @@ def test_official_checkpoint_file_gives_official_numbers(path, tmp_path):
     with torch.no_grad():
         last, maps = model.forward_intermediates(make_input(meta["input_shape"], meta["input_seed"]))
         logits = None if config.dense else model.forward_head(last)
-    assert_official_numbers(path, logits, maps)
+    assert_numbers_of_fixture(path, logits, maps)
 
 
 @pytest.mark.parametrize("path", [path for path in FIXTURES if "micro" in path.stem], ids=lambda path: path.stem)
@@ -143,7 +112,7 @@ def test_literal_implementation_gives_official_numbers(path):
     _, config = fixture_config(path)
     assert state_dict_shapes(config) == {key: tuple(shape) for key, shape in meta["state_dict"].items()}
     x = make_input(meta["input_shape"], meta["input_seed"])
-    assert_official_numbers(path, *reference.forward(reference_state_dict(meta), x, config))
+    assert_numbers_of_fixture(path, *reference.forward(reference_state_dict(meta), x, config))
 
 
 SIZES = [(64, 96), (70, 101), (32, 32), (128, 32), (61, 45)]  # bins even and uneven, maps of one row or token

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,11 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from models import comparison
 from models import reference_uniformer as reference
+from models.comparison import assert_numbers_of_fixture, error
 from models.reference_uniformer import VARIANTS, Config, state_dict_shapes
-from parity.parity import fill_state_dict, load_fixture, make_input, reference_state_dict, subsample
+from parity.parity import fill_state_dict, load_fixture, make_input, reference_state_dict
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
@@ -23,12 +26,6 @@ FIXTURES = sorted((Path(__file__).parents[1] / "parity" / "uniformer").glob("*.j
 LIGHT = ["uniformer_xxs", "uniformer_xs"]
 TL = [name for name in VARIANTS if VARIANTS[name].token_labelling]
 CLASSES = 5
-
-
-def error(ours: Tensor, expected: Tensor) -> float:
-    """Return the largest difference over the largest value expected."""
-    assert ours.shape == expected.shape
-    return ((ours - expected).abs().max() / expected.abs().max()).item()
 
 
 def small(name: str, **changes: Any) -> Config:
@@ -59,30 +56,7 @@ def ported(name: str, config: Config, **kwargs: Any) -> Any:
 
 
 def assert_same_numbers(model: Any, config: Config, size: tuple[int, int]) -> None:
-    """Compare logits, maps and the gradients of input and parameters with those of the literal implementation."""
-    state = filled(config)
-    leaves = {key: value.requires_grad_() for key, value in state.items() if "running_" not in key and value.ndim}
-    x, y = (make_input((2, 3, *size)).requires_grad_() for _ in range(2))
-    logits, maps = reference.forward(state, x, config)
-    expected = maps if logits is None else [logits, *maps]
-    _, ours = model.forward_intermediates(y)
-    if logits is not None:
-        ours = [model(y), *ours]
-    for a, b in zip(ours, expected, strict=True):
-        assert error(a, b) < 1e-9
-
-    cotangents = [make_input(tuple(b.shape), seed) for seed, b in enumerate(expected, start=1)]
-    torch.autograd.backward(ours, cotangents)
-    grads = torch.autograd.grad(expected, [x, *leaves.values()], cotangents, allow_unused=True)
-    assert error(y.grad, grads[0]) < 1e-9
-    named = {key: g for key, g in zip(leaves, grads[1:], strict=True) if g is not None}
-    by_our_names = checkpoint_filter_fn({key: named.get(key, value) for key, value in state.items()}, model)
-    used = checkpoint_filter_fn({key: torch.full_like(v, key in named) for key, v in state.items()}, model)
-    for key, parameter in model.named_parameters():
-        if used[key].any():
-            assert error(parameter.grad, by_our_names[key]) < 1e-9, key
-        else:
-            assert parameter.grad is None, key
+    comparison.assert_same_numbers(model, partial(reference.forward, config=config), filled(config), size)
 
 
 # Parity
@@ -90,7 +64,7 @@ def assert_same_numbers(model: Any, config: Config, size: tuple[int, int]) -> No
 
 @pytest.mark.parametrize("path", FIXTURES, ids=lambda path: path.stem)
 def test_official_checkpoint_file_gives_official_numbers(path, tmp_path):
-    meta, expected = load_fixture(path)
+    meta, _ = load_fixture(path)
     torch.save({"model": reference_state_dict(meta), "epoch": 299}, tmp_path / "official.pth")
     torch.set_default_dtype(torch.float64)
     try:
@@ -103,10 +77,7 @@ def test_official_checkpoint_file_gives_official_numbers(path, tmp_path):
     with torch.no_grad():
         last, maps = model.forward_intermediates(x)
         logits = model.forward_head(last)
-    assert [list(m.shape) for m in maps] == meta["feature_shapes"]
-    ours = {"logits": logits.numpy(), **{f"feature_{i}": subsample(m) for i, m in enumerate(maps)}}
-    errors = {k: abs(ours[k] - expected[k]).max() / abs(expected[k]).max() for k in expected}
-    assert max(errors.values()) < 1e-9, errors
+    assert_numbers_of_fixture(path, logits, maps)
 
 
 def test_small_at_224_in_float32_gives_official_logits():

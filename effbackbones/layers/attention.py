@@ -93,6 +93,10 @@ def attend(
         function = _FUNCTIONS[_last]
     if k.shape[2] == 1 and not dropout_p:
         function = _one_key
+    elif function is not _plain and q.shape[-1] < v.shape[-1]:
+        # Fused kernels have one head dim: zeros, which change no score, widen q and k to that of v.
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        q, k = (F.pad(x, (0, v.shape[-1] - x.shape[-1])) for x in (q, k))
     return function(q, k, v, bias, scale, dropout_p)
 
 
@@ -130,7 +134,8 @@ def why_not(
     host = host or _host(q.device)
     reasons = list(host.problems)
     q_dtype, k_dtype, v_dtype = _autocast_dtype(q), _autocast_dtype(k), _autocast_dtype(v)
-    d, d_v = q.shape[-1], v.shape[-1]
+    d_v = v.shape[-1]
+    d = max(q.shape[-1], d_v)  # narrower ones are widened
     if not q_dtype == k_dtype == v_dtype:
         reasons.append(f"q, k and v have dtypes {q_dtype}, {k_dtype} and {v_dtype}: xformers needs one")
     if q_dtype not in (torch.float32, torch.float16, torch.bfloat16):

@@ -110,13 +110,8 @@ def strip(x_bnc: Tensor, layer: nn.Linear) -> Tensor:
 
 
 def strip_attention(q_bhn1: Tensor, k_bhm1: Tensor, v_bhmd: Tensor) -> Tensor:
-    """Return softmax(q k^T) v, (B, heads, N, d), in v's dtype; it is computed in that of q and k.
-
-    No fused kernel takes a single channel: zeros, which change no logit, widen q and k to that of v.
-    """
-    widen = (0, v_bhmd.shape[3] - 1)
-    out_bhnd = attend(F.pad(q_bhn1, widen), F.pad(k_bhm1, widen), v_bhmd.to(q_bhn1.dtype), scale=1.0)
-    return out_bhnd.to(v_bhmd.dtype)
+    """Return softmax(q k^T) v, (B, heads, N, d), in v's dtype; it is computed in that of q and k."""
+    return attend(q_bhn1, k_bhm1, v_bhmd.to(q_bhn1.dtype), scale=1.0).to(v_bhmd.dtype)
 
 
 class LocalInteraction(nn.Module):

@@ -137,7 +137,8 @@ def test_ls_models_prints_the_published_table_a_line_per_row(effb: Effb) -> None
     expected = [
         [
             *(row.model, str(row.size), f"{row.params / 1e6:.2f} M", f"{row.gmacs:.2f}"),
-            *(f"{row.top1:.1f}" if row.top1 else "-", row.source, *([row.note] if row.note else [])),
+            f"{row.top1:.1f}" if row.top1 else "-",
+            *(text for text in (row.source, row.note) if text),
         ]
         for row in ZOO
     ]

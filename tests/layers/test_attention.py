@@ -138,7 +138,15 @@ def fresh_module():
 
 @pytest.mark.parametrize(
     "shape",
-    [{}, {"d": 28, "d_v": 12}, {"n": 1}, {"m": 1}, {"b": 1, "heads": 1}, {"n": 49, "m": 49, "d": 32}],
+    [
+        {},
+        {"d": 28, "d_v": 12},
+        {"d": 1, "d_v": 12},
+        {"n": 1},
+        {"m": 1},
+        {"b": 1, "heads": 1},
+        {"n": 49, "m": 49, "d": 32},
+    ],
     ids=str,
 )
 def test_attend_without_bias_matches_formula(backend, shape):
@@ -332,6 +340,7 @@ def test_why_not_xformers_of_fitting_call_is_empty(call):
         ({"host": Host(problems=("no such thing",))}, "no such thing"),
         ({"dtype": torch.float64}, "dtype torch.float64: xformers serves float32, float16 and bfloat16"),
         ({"dtype": torch.bfloat16, "host": Host(capability=(7, 5))}, "bfloat16 needs compute capability 8.0"),
+        ({"d": 1, "d_v": 12}, "head dims 12 (q, k) and 12 (v)"),
         ({"d": 28}, "head dims 28 (q, k) and 28 (v): xformers needs multiples of 8 in torch.float16"),
         ({"d_v": 4}, "head dims 8 (q, k) and 4 (v)"),
         ({"d": 30, "dtype": torch.float32}, "multiples of 4 in torch.float32"),
@@ -343,7 +352,7 @@ def test_why_not_xformers_of_fitting_call_is_empty(call):
             "capability 10.0 xformers has flash attention only",
         ),
         ({"dtype": torch.float32, "host": Host(capability=(10, 0))}, "flash attention only"),
-        ({"d_v": 16, "host": Host(capability=(10, 0))}, "flash attention only"),
+        ({"d": 16, "d_v": 8, "host": Host(capability=(10, 0))}, "flash attention only"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

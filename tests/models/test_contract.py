@@ -19,6 +19,7 @@ import safetensors.torch
 import timm
 import torch
 import torch.nn.functional as F
+from small_models import depths
 from timm.models import group_parameters, model_entrypoint
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
@@ -30,15 +31,6 @@ from effbackbones.models._zoo import ZOO
 
 SIZES = ((32, 32), (64, 96), (203, 301), (224, 224), (256, 320))
 MODELS = list(dict.fromkeys(row.model for row in ZOO))
-
-
-def depths(name: str, compiled: bool = False) -> tuple[int, ...]:
-    """Return the blocks of a cut model; `compiled`: fewer, where the family has fewer, for what takes long."""
-    if name.startswith("stvit_r_"):
-        return (1, 1, 6, 1) if compiled else (2, 2, 6, 2)  # a unit has six blocks
-    if name.startswith("sgformer_"):
-        return (2, 2, 2, 1) if compiled else (2, 2, 2, 2)  # hybrid and guided blocks come in pairs
-    return (1, 1, 2, 1) if compiled else (2, 2, 2, 2)
 
 
 def skeleton(name: str) -> Any:

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import timm
 import torch
-from models.test_contract import SMALLEST, depths
+from models.test_contract import SMALLEST
+from small_models import depths
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN
 from torchvision.ops import FeaturePyramidNetwork

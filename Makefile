@@ -2,24 +2,35 @@
 PYTHON ?= python3
 VENV := .venv
 INSTALLED := $(VENV)/.installed
+INSTALLED_MM := $(VENV)/.installed-mm
+PIP_INSTALL := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help quickstart test check
+.PHONY: help quickstart test test-core check
 
 help:
 	@echo "make quickstart  train UniFormer-S on the images that ship with the repository, minutes on 2 CPU cores"
-	@echo "make test        run the tests"
+	@echo "make test        run the tests, with the OpenMMLab packages: the first time their operators compile for minutes"
+	@echo "make test-core   run the tests without setting up the OpenMMLab packages, whose tests are skipped then"
 	@echo "make check       lint, check the format and the types"
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@echo "Setting up $(VENV): a download of several GB where pip has not cached it."
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(PIP_INSTALL) --editable '.[dev]'
+	touch $@
+
+$(INSTALLED_MM): $(INSTALLED) tools/build_mmcv.sh
+	bash tools/build_mmcv.sh $(VENV)/bin/python
+	$(PIP_INSTALL) --editable '.[dev,mm]'
 	touch $@
 
 quickstart: $(INSTALLED)
 	$(VENV)/bin/effb train quickstart
 
-test: $(INSTALLED)
+test: $(INSTALLED) $(INSTALLED_MM)
+	$(VENV)/bin/python -m pytest -n 2
+
+test-core: $(INSTALLED)
 	$(VENV)/bin/python -m pytest -n 2
 
 check: $(INSTALLED)

@@ -29,8 +29,33 @@ class CheckpointError(ValueError):
     """A weight file cannot be read, or does not fit the model."""
 
 
+class _LeftOut:
+    """Stands for an object beside the weights that is not made: it takes whatever its file gives, and drops it."""
+
+    def __new__(cls, *args: Any) -> "_LeftOut":
+        return super().__new__(cls)
+
+    def __init__(self, *args: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+# Curves that mm's runner keeps in its checkpoints, and what they consist of.
+_LEFT_OUT = (
+    "mmengine.logging.history_buffer.HistoryBuffer",
+    "builtins.getattr",  # names the methods of a HistoryBuffer
+    "numpy.ndarray",
+    "numpy.dtype",
+    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
+)
+
+
 def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
     """Return what the weight file `path` holds: a mapping of names to tensors or of a training tool's entries.
+
+    Of NumPy's arrays and the logs of mm's runner, which may lie beside the weights, only their places are kept.
 
     A safetensors file has no checksums: damage within its numbers goes unnoticed.
 
@@ -44,8 +69,8 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, An
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
         _check_sums(path)
-        # timm's and the official training scripts keep their arguments beside the weights.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        # timm's and the official training scripts keep their arguments beside the weights, mm's runner its logs.
+        with torch.serialization.safe_globals([argparse.Namespace, *((_LeftOut, name) for name in _LEFT_OUT)]):
             content = torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:  # a damaged file can fail anywhere in the readers
         if foreign := re.search(r"GLOBAL (\S+)", str(error)):
@@ -84,8 +109,8 @@ def strip_wrappers(checkpoint: Mapping[str, Any], ema: bool = False, official_em
     """Return the backbone's weights in a checkpoint without what training tools put around them.
 
     Known: an entry `state_dict` or `model` (with `ema`, first `state_dict_ema` or `model_ema`; with `official_ema`
-    these too, where there are any), the prefixes of DDP and torch.compile, the `backbone.` of mm detectors and
-    segmentors (neck and heads are left out), and our own training checkpoints.
+    these too, where there are any), the prefixes of DDP and torch.compile, our own training checkpoints, and the
+    `backbone.` of mm detectors and segmentors (neck and heads are left out), our EffBackbone's `model.` below it too.
 
     Raises:
         CheckpointError: There are no weights, no averaged ones where `ema` asks for them, or something else among them.
@@ -105,8 +130,9 @@ def strip_wrappers(checkpoint: Mapping[str, Any], ema: bool = False, official_em
             raise CheckpointError("the checkpoint holds no averaged weights; load it without ema")
     elif any(key.startswith("model.") for key in weights):
         weights = _below("model.", weights)
-    elif any(key.startswith("backbone.") for key in weights):
-        weights = _below("backbone.", weights)
+    for prefix in ("backbone.", "model."):
+        if any(key.startswith(prefix) for key in weights):
+            weights = _below(prefix, weights)
     strange = [key for key, value in weights.items() if not isinstance(value, Tensor)]
     if strange or not weights:
         found = f"entries that are no tensors: {', '.join(map(str, strange[:5]))}" if strange else "no weights"
@@ -243,3 +269,48 @@ def load_weights(model: Any, path: str | Path, ema: bool = False, same_classes: 
         raise CheckpointError(f"{path}: {error}") from error
     finally:
         model.pretrained_cfg = original
+
+
+def load_model_weights(model: Any, path: str | Path, ema: bool = False, same_classes: bool = False) -> None:
+    """Load weights into a detector or segmentor of mm whose backbone is an `EffBackbone`.
+
+    A checkpoint of the same detector, ours or of mm's runner, is taken as a whole; what depends on the number of
+    classes is left out where that is another. Of any other file or run folder, the backbone's weights are taken.
+
+    Args:
+        model: The detector or segmentor.
+        path: Weight file or run folder.
+        ema: Take the averaged weights, which must be there.
+        same_classes: Refuse everything but a checkpoint of the same detector with the same classes.
+
+    Raises:
+        CheckpointError: The file cannot be read or does not fit; nothing has been loaded then.
+    """
+    path = run_checkpoint(path) if Path(path).is_dir() else Path(path)
+    checkpoint = read_checkpoint(path)
+    own = model.state_dict()
+    weights = {str(key): value for key, value in checkpoint.get("state_dict", checkpoint).items()}
+    for prefix in ("ema.module.",) if ema else ("model.", "module."):
+        if any(key.startswith(prefix) for key in weights):
+            weights = _below(prefix, weights)
+    if weights.keys() != own.keys():
+        if same_classes:
+            differing = sorted(weights.keys() ^ own.keys())
+            raise CheckpointError(
+                f"{path}: not a checkpoint of this model: {len(differing)} names differ, such as "
+                f"{', '.join(differing[:3])}; expected one of the same head and backbone"
+            )
+        model.backbone.load_weights(path, ema)
+        _logger.info("%s: the weights of the backbone were taken; neck and head start fresh", path)
+        return
+    misfits = [key for key, value in weights.items() if value.shape != own[key].shape]
+    if misfits and (same_classes or any(key.startswith("backbone.") for key in misfits)):
+        raise CheckpointError(
+            f"{path}: wrong shape: "
+            + "; ".join(
+                f"{k}: {tuple(weights[k].shape)} in the checkpoint, {tuple(own[k].shape)} in the model" for k in misfits
+            )
+        )
+    if misfits:
+        _logger.info("%s: of other classes, left at their initial values: %s", path, ", ".join(misfits))
+    model.load_state_dict({key: value for key, value in weights.items() if key not in misfits}, strict=False)

@@ -4,6 +4,7 @@ import argparse
 import fnmatch
 import json
 import sys
+import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,14 +31,19 @@ EXAMPLES = {
   effb eval in1k/uniformer_small model.checkpoint=uniformer_small_in1k.pth data.root=/data/imagenet""",
     "predict": """
   effb predict shoe.png --run runs/quickstart                  top-5 classes by a run's best checkpoint
+  effb predict photos/ --run runs/scenes/mask_rcnn --out seen  boxes and masks, or segmentations, in pictures
   effb predict *.jpg --model uniformer_small --checkpoint uniformer_small_in1k.pth""",
+    "data": """
+  effb data scenes --out datasets/scenes                       1,000 small scenes in the layouts of COCO and ADE20K""",
+    "export": """
+  effb export mm runs/scenes/mask_rcnn --out exported          config.py and weights.pth for mm's own tools""",
     "bench": """
   effb bench uniformer_small --vs attention=plain                    a model, and the same with plain attention
   effb bench uniformer_small --vs resnet50 --batch 1 64 --device cuda --dtype bfloat16 --out speed.json
   effb bench uniformer_small --vs compile=yes --mode inference train --size 224 256x320
   effb bench uniformer_small --vs uniformer_small                    how far this machine's noise alone goes""",
     "doctor": """
-  effb doctor                         versions, devices, which attention backends work here and why others do not""",
+  effb doctor                         versions, devices, what works here of attention and of mm, and why not""",
 }
 
 
@@ -91,11 +97,25 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("target", help="run folder, or name or path of a recipe")
     evaluate.add_argument("overrides", **overrides)
     predict = command("predict", "name what images show")
-    predict.add_argument("images", nargs="+", metavar="IMAGE", help="image files")
+    predict.add_argument("images", nargs="+", metavar="IMAGE", help="image files, or folders of them")
     source = predict.add_mutually_exclusive_group(required=True)
     source.add_argument("--run", help="run folder")
     source.add_argument("--model", help="registered model, with --checkpoint")
     predict.add_argument("--checkpoint", help="ImageNet-1K weights of --model")
+    predict.add_argument(
+        "--out", metavar="DIR", help="where pictures of dense tasks go; default: predictions in the run folder"
+    )
+    data = command("data", "make datasets").add_subparsers(dest="what", required=True, metavar="WHAT")
+    scenes = data.add_parser("scenes", help="scenes of the images that ship, for detection and segmentation")
+    scenes.add_argument("--out", required=True, metavar="DIR", help="a new folder, for coco/ and ade20k/")
+    scenes.add_argument("--train", type=_positive, default=800, metavar="N", help="training scenes; default: 800")
+    scenes.add_argument("--val", type=_positive, default=200, metavar="N", help="evaluation scenes; default: 200")
+    scenes.add_argument("--size", type=_size, default=(192, 256), help="height x width; default: 192x256")
+    scenes.add_argument("--seed", type=int, default=0, help="default: 0")
+    export = command("export", "write a run for other tools").add_subparsers(dest="what", required=True, metavar="WHAT")
+    mm = export.add_parser("mm", help="an mm config and weights of a run of a dense task")
+    mm.add_argument("run", help="run folder")
+    mm.add_argument("--out", required=True, metavar="DIR", help="a folder, for config.py and weights.pth")
     bench = command("bench", "measure speed and memory of models and operators, side by side")
     bench.add_argument("names", nargs="+", metavar="NAME", help="a model of timm's registry, or op:OPERATOR")
     bench.add_argument(
@@ -141,7 +161,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument(
         "--out", metavar="FILE.json", help="write everything there: samples, settings, machine, versions"
     )
-    command("doctor", "report versions, devices and attention backends")
+    command("doctor", "report versions, devices, attention backends and mmcv's operators")
     return parser
 
 
@@ -196,21 +216,56 @@ def evaluate(args: argparse.Namespace) -> int:
     from effbackbones.train.run import evaluate as run_evaluation
 
     metrics = run_evaluation(args.target, args.overrides)
-    print(f"top1 {100 * metrics['top1']:.2f}%  top5 {100 * metrics['top5']:.2f}%  loss {metrics['loss']:.4f}")
+    shares = [f"{name} {100 * value:.2f}%" for name, value in metrics.items() if "loss" not in name]
+    print("  ".join(shares + [f"{name} {value:.4f}" for name, value in metrics.items() if "loss" in name]))
     return 0
 
 
 def predict(args: argparse.Namespace) -> int:
     from effbackbones.config import RecipeError
-    from effbackbones.predict import Predictor
+    from effbackbones.predict import Predictor, image_files
+    from effbackbones.train.run import load_target
 
     if bool(args.model) != bool(args.checkpoint):
         raise RecipeError("--model and --checkpoint go together: a registered model, a file of its ImageNet-1K weights")
+    files = image_files(args.images)
+    if args.run and Path(args.run).is_dir() and load_target(args.run).recipe.task != "classification":
+        from effbackbones.predict_dense import predict_pictures
+
+        for number, line in enumerate(predict_pictures(args.run, files, args.out), 1):
+            print(f"{number}/{len(files)}  {line}", flush=True)
+        return 0
+    if args.out:
+        raise RecipeError("--out: classification draws no pictures; leave it out")
     predictor = Predictor.from_run(args.run) if args.run else Predictor.from_model(args.model, args.checkpoint)
-    for path, classes in zip(args.images, predictor(args.images), strict=True):
+    for path, classes in zip(files, predictor(files), strict=True):
         print(path)
         for name, probability in classes:
             print(f"  {100 * probability:5.1f}%  {name}")
+    return 0
+
+
+def data(args: argparse.Namespace) -> int:
+    from effbackbones.data.scenes import make_scenes
+
+    out, shown = Path(args.out), [0.0]
+    terminal = sys.stdout.isatty()
+
+    def progress(done: int, total: int) -> None:
+        if terminal or done == total or time.monotonic() - shown[0] > 10:
+            shown[0] = time.monotonic()
+            print(f"{done}/{total} scenes", end="\r" if terminal and done < total else "\n", flush=True)
+
+    make_scenes(out, train=args.train, val=args.val, size=args.size, seed=args.seed, progress=progress)
+    print(f"detection     data.root={out / 'coco'}\nsegmentation  data.root={out / 'ade20k'}")
+    return 0
+
+
+def export(args: argparse.Namespace) -> int:
+    from effbackbones.mm.export import export_mm
+
+    for path in export_mm(args.run, Path(args.out)):
+        print(path)
     return 0
 
 
@@ -281,6 +336,8 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "train": train,
     "eval": evaluate,
     "predict": predict,
+    "data": data,
+    "export": export,
     "bench": bench,
     "doctor": doctor,
 }

@@ -13,11 +13,32 @@ from torch import nn
 from effbackbones.checkpoint import load_weights, read_checkpoint, run_checkpoint
 from effbackbones.config import Recipe, RecipeError, check
 from effbackbones.config.schema import DataConfig, ModelConfig
+from effbackbones.data import DataError
 from effbackbones.data.datasets import Transform
 from effbackbones.data.folder import load_image
 from effbackbones.data.transforms import eval_transform
 from effbackbones.train.classification import build_model
 from effbackbones.train.run import load_target
+
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+
+
+def image_files(paths: Sequence[str | Path]) -> list[Path]:
+    """Return the files that are given, and those with an image's suffix in the folders that are, below them too.
+
+    Raises:
+        DataError: A folder holds no image.
+    """
+    files: list[Path] = []
+    for path in map(Path, paths):
+        found = [path]
+        if path.is_dir():
+            found = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+            if not found:
+                raise DataError(f"{path}: no image in this folder; expected files such as *.jpg or *.png")
+        files += found
+    return files
 
 
 @dataclass
@@ -45,7 +66,7 @@ class Predictor:
         recipe = load_target(str(folder)).recipe
         classes = read_checkpoint(path)["classes"]
         model = build_model(recipe, len(classes))
-        load_weights(model, path, recipe.trainer.monitor == "top1_ema", same_classes=True)
+        load_weights(model, path, recipe.monitor.endswith("_ema"), same_classes=True)
         return cls(model, eval_transform(recipe.data), classes)
 
     @classmethod

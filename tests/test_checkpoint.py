@@ -5,10 +5,12 @@ import os
 import pickle
 import subprocess
 import sys
+import types
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import timm
@@ -62,10 +64,12 @@ def weight_file(tmp_path):
         {"state_dict": prefixed("backbone.") | {"neck.conv.weight": torch.ones(2), "bbox_head.fc.bias": torch.ones(2)}},
         {"state_dict": prefixed("module.backbone.") | {"module.decode_head.conv.bias": torch.ones(2)}, "meta": {}},
         {"state_dict": prefixed("model.") | prefixed("ema.module.", AVERAGED) | {"metrics.0.total": torch.ones(())}},
+        {"state_dict": prefixed("backbone.model.") | {"neck.conv.weight": torch.ones(2)}, "message_hub": {}},
+        {"state_dict": prefixed("model.backbone.model.") | {"model.neck.conv.weight": torch.ones(2)}},
     ],
     ids=[
         "flat", "model", "state_dict", "model_beside_ema", "ddp", "model_ddp", "compiled", "ddp_compiled",
-        "compiled_ddp", "detector", "ddp_segmentor", "own_run",
+        "compiled_ddp", "detector", "ddp_segmentor", "own_run", "detector_on_ours", "own_run_of_detector",
     ],
 )  # fmt: skip
 def test_strip_wrappers_of_known_nesting_returns_the_weights(checkpoint):
@@ -78,8 +82,9 @@ def test_strip_wrappers_of_known_nesting_returns_the_weights(checkpoint):
         {"state_dict": WEIGHTS, "state_dict_ema": AVERAGED},
         {"model": WEIGHTS, "model_ema": prefixed("module.", AVERAGED)},
         {"state_dict": prefixed("model.") | prefixed("ema.module.", AVERAGED)},
+        {"state_dict": prefixed("model.backbone.model.") | prefixed("ema.module.backbone.model.", AVERAGED)},
     ],
-    ids=["state_dict_ema", "model_ema", "own_run"],
+    ids=["state_dict_ema", "model_ema", "own_run", "own_run_of_detector"],
 )
 def test_strip_wrappers_with_ema_returns_the_averaged_weights(checkpoint):
     assert same(strip_wrappers(checkpoint, ema=True), AVERAGED)
@@ -217,6 +222,95 @@ def test_read_checkpoint_of_pickle_with_code_raises_and_runs_nothing(tmp_path, w
     assert not trace.exists()
     torch.load(path, weights_only=False) if writer != "pickle" else pickle.loads(path.read_bytes())
     assert trace.exists()  # the file does have what would have run
+
+
+class HistoryBuffer:
+    """What mm's runner logs with, as far as its pickle goes."""
+
+    def __init__(self, trace: Path):
+        self._log_history = np.array([0.5, 0.25])
+        self.last = self._log_history[-1]
+        self.trace = str(trace)
+        self.statistics_methods = {"mean": HistoryBuffer.mean}
+
+    def mean(self) -> None:
+        raise NotImplementedError
+
+    @staticmethod
+    def touch(path: str) -> None:
+        Path(path).touch()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.touch(state["trace"])
+
+
+@pytest.fixture
+def mm_history_buffer(monkeypatch):
+    """The class at its place in mmengine, whether that is installed or not."""
+    module = types.ModuleType("mmengine.logging.history_buffer")
+    module.HistoryBuffer = HistoryBuffer
+    monkeypatch.setattr(HistoryBuffer, "__module__", module.__name__)
+    monkeypatch.setattr(HistoryBuffer.mean, "__module__", module.__name__)
+    for name in ("mmengine", "mmengine.logging"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    return HistoryBuffer
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_read_checkpoint_of_mms_runner_gives_the_weights_and_makes_none_of_its_objects(
+    tmp_path, mm_history_buffer, zipped
+):
+    path, trace = tmp_path / "iter_2.pth", tmp_path / "trace"
+    content = {
+        "meta": {"epoch": 1, "cfg": "model = dict()", "dataset_meta": {"classes": ("bag", "boot")}},
+        "state_dict": OrderedDict(prefixed("backbone.model.")),
+        "message_hub": {"log_scalars": OrderedDict(loss=mm_history_buffer(trace)), "runtime_info": OrderedDict(iter=2)},
+        "optimizer": {"state": {0: {"step": torch.tensor(2.0)}}, "param_groups": [{"lr": 1e-4, "params": [0]}]},
+        "param_schedulers": [{"last_step": 2, "_last_value": [np.float64(0.1)]}],
+    }
+    torch.save(content, path, _use_new_zipfile_serialization=zipped)
+    checkpoint = read_checkpoint(path)
+    assert same(strip_wrappers(checkpoint), WEIGHTS)
+    assert checkpoint["meta"] == content["meta"]
+    assert checkpoint["optimizer"] == content["optimizer"]
+    assert checkpoint["message_hub"]["runtime_info"] == {"iter": 2}
+    assert not trace.exists()
+    torch.load(path, weights_only=False)
+    assert trace.exists()  # the file does have the object
+
+
+class Attribute:
+    """Unpickles as an attribute of an object."""
+
+    def __init__(self, of: Any, name: str):
+        self.arguments = (of, name)
+
+    def __call__(self) -> None:
+        """Make pickle take it for a function."""
+
+    def __reduce__(self) -> Any:
+        return getattr, self.arguments
+
+
+class Call:
+    """Unpickles as what a function returns that is an attribute of mm's HistoryBuffer."""
+
+    def __init__(self, trace: Path):
+        self.trace = trace
+
+    def __reduce__(self) -> Any:
+        return Attribute(HistoryBuffer, "touch"), (str(self.trace),)
+
+
+def test_read_checkpoint_calls_nothing_that_mms_objects_lead_to(tmp_path, mm_history_buffer):
+    path, trace = tmp_path / "iter_2.pth", tmp_path / "trace"
+    torch.save({"state_dict": WEIGHTS, "message_hub": Call(trace)}, path)
+    with pytest.raises(CheckpointError, match=r"iter_2\.pth: not a weight file, .* UnpicklingError"):
+        read_checkpoint(path)
+    assert not trace.exists()
+    torch.load(path, weights_only=False)
+    assert trace.exists()
 
 
 def test_read_checkpoint_of_tensor_alone_raises(tmp_path):

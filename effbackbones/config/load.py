@@ -20,7 +20,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from effbackbones.assets import list_recipes, recipe_dirs
-from effbackbones.config.schema import Recipe
+from effbackbones.config.schema import METRICS, Recipe
 
 COMMAND_LINE = "command line"
 DEFAULT = "default"
@@ -387,21 +387,57 @@ def check(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
             yield (key,), f"expected two increasing numbers above 0 and up to {limit}, got {values}"
     if data.source == "synthetic" and data.num_classes is None:
         yield ("data.num_classes", "data.source"), "required where data.source is synthetic"
-    if data.source == "folder" and data.root is None:
-        yield ("data.root", "data.source"), "required where data.source is folder"
+    if data.source not in ("fashion_mnist", "synthetic") and data.root is None:
+        yield ("data.root", "data.source"), f"required where data.source is {data.source}"
+    yield from _check_task(recipe)
     if data.batch_size % 2 and (augment.mixup or augment.cutmix):
         keys: tuple[str, ...] = ("data.batch_size", "augment.mixup", "augment.cutmix")
         yield keys, f"expected an even number, as mixup and cutmix mix pairs, got {data.batch_size}"
     if recipe.schedule.warmup_epochs > trainer.epochs:
         keys = "schedule.warmup_epochs", "trainer.epochs"
         yield keys, f"{recipe.schedule.warmup_epochs:g} do not fit into trainer.epochs: {trainer.epochs}"
-    if trainer.monitor == "top1_ema" and recipe.ema.decay is None:
-        yield ("trainer.monitor", "ema.decay"), "top1_ema needs an average of the weights: set ema.decay"
+    if recipe.monitor.endswith("_ema") and recipe.ema.decay is None:
+        yield ("trainer.monitor", "ema.decay"), f"{recipe.monitor} needs an average of the weights: set ema.decay"
     if not re.fullmatch("auto|0*[1-9][0-9]*", str(trainer.devices)):
         yield ("trainer.devices",), f"expected auto or a positive number, got {_show(trainer.devices)}"
-    if trainer.sync_bn and trainer.accelerator == "cpu":
-        keys = "trainer.sync_bn", "trainer.accelerator"
-        yield keys, "batch norms synchronise on CUDA only: drop it, or set model.norm_eval"
+
+
+_SOURCES = {
+    "classification": ("fashion_mnist", "folder", "synthetic"),
+    "detection": ("coco",),
+    "segmentation": ("ade20k",),
+}
+
+# Keys that only classification heeds, and those that only dense tasks do.
+_IMAGE_KEYS = tuple(
+    f"augment.{name}"
+    for name in ("scale", "ratio", "color_jitter", "policy", "erase", "repeats", "mixup", "cutmix", "smoothing")
+)
+_DENSE_KEYS = (
+    *("model.head", "model.head_overrides", "model.frozen_stages", "data.scale", "data.test_flip", "augment.resize"),
+    *("augment.zoom", "augment.photometric", "optim.backbone_lr", "optim.no_decay"),
+)
+
+
+def _check_task(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
+    task, data = recipe.task, recipe.data
+    if data.source not in _SOURCES[task]:
+        yield ("data.source", "task"), f"expected one of {', '.join(_SOURCES[task])} for {task}, got {data.source}"
+    if recipe.monitor.removesuffix("_ema") not in METRICS[task]:
+        yield ("trainer.monitor", "task"), f"expected one of {', '.join(METRICS[task])} for {task}"
+    values, defaults = dict(_leaves(asdict(recipe))), dict(_leaves(asdict(Recipe())))
+    for key in _DENSE_KEYS if task == "classification" else _IMAGE_KEYS:
+        if any(
+            values.get(leaf) != defaults.get(leaf) for leaf in {*values, *defaults} if f"{leaf}.".startswith(f"{key}.")
+        ):
+            yield (key, "task"), f"has no effect in {task}: leave it out"
+    if task != "classification" and not recipe.model.head:
+        yield ("model.head", "task"), f"required for {task}: an mm config such as mmdet::retinanet/FILE.py"
+    if not (len(data.scale) == 2 and data.scale[0] >= data.scale[1] >= 32):
+        yield ("data.scale",), f"expected the longer side, then the shorter one of at least 32 pixels, got {data.scale}"
+    zoom = recipe.augment.zoom
+    if not (len(zoom) == 2 and 0 < zoom[0] <= zoom[1]):
+        yield ("augment.zoom",), f"expected two increasing numbers above 0, got {zoom}"
 
 
 # The whole
@@ -461,6 +497,6 @@ def explain(loaded: LoadedRecipe) -> list[tuple[str, Any, str, str]]:
     """Return (key, value, origin, help) of every key, in the order of the schema."""
     rows = []
     for key, value in _leaves(asdict(loaded.recipe)):
-        field_of_key = _SCHEMA.get(key) or _SCHEMA["model.args"]
+        field_of_key = _SCHEMA.get(key) or _SCHEMA[".".join(key.split(".")[:2])]  # args and head_overrides are open
         rows.append((key, value, loaded.origins[key], field_of_key.metadata["help"]))
     return rows

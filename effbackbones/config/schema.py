@@ -17,6 +17,10 @@ def key(default: Any, help: str, *, ge: float | None = None, gt: float | None = 
     return field(default=default, metadata=metadata)
 
 
+METRICS = {"classification": ("top1", "loss"), "detection": ("box_ap", "mask_ap"), "segmentation": ("miou",)}
+"""The evaluation metrics that can select a checkpoint, by task, the usual one first."""
+
+
 @dataclass
 class ModelConfig:
     name: str = key("", "model of the timm registry, such as uniformer_small (required)")
@@ -24,6 +28,17 @@ class ModelConfig:
     drop_rate: float = key(0.0, "dropout in front of the classifier", ge=0, le=1)
     drop_path_rate: float = key(0.0, "stochastic depth of the last block; earlier blocks scale linearly", ge=0, le=1)
     args: dict[str, Any] = key({}, "further constructor arguments of the model, such as attention: window")
+    head: str | None = key(
+        None,
+        "dense tasks: the mm config whose backbone this model replaces: mmdet::FILE or mmseg::FILE of the installed "
+        "package, such as mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py, or a path; it is a program, run as mm does",
+    )
+    head_overrides: dict[str, Any] = key(
+        {}, "dense tasks: merged into the model of that config; a mapping given for a list changes each of its entries"
+    )
+    frozen_stages: int = key(
+        -1, "dense tasks: -1 trains everything; n keeps the stem and the first n stages as they are", ge=-1, le=4
+    )
     norm_eval: bool = key(False, "keep the statistics of batch norms frozen while training")
     grad_checkpointing: bool = key(
         False,
@@ -35,10 +50,16 @@ class ModelConfig:
 
 @dataclass
 class DataConfig:
-    source: Literal["fashion_mnist", "folder", "synthetic"] = key("folder", "kind of dataset")
+    source: Literal["fashion_mnist", "folder", "synthetic", "coco", "ade20k"] = key(
+        "folder", "kind of dataset; coco is for detection, ade20k for segmentation, in the layouts of these sets"
+    )
     root: str | None = key(None, "where the dataset lies; fashion_mnist has the images that ship as its default")
     num_classes: int | None = key(None, "number of classes; read from the dataset where null", gt=0)
-    size: int = key(224, "side of the square model input, pixels", ge=32)
+    size: int = key(224, "side of the square model input, for segmentation that of the training crop, pixels", ge=32)
+    scale: list[int] = key(
+        [1333, 800], "dense tasks: longer and shorter side that an image is resized to fit, its ratio kept, pixels"
+    )
+    test_flip: bool = key(False, "dense tasks: evaluate and predict with the mirrored image too, merged as mm does")
     batch_size: int = key(128, "training images per device and step", gt=0)
     eval_batch_size: int | None = key(None, "evaluation images per device and step; null: batch_size", gt=0)
     workers: int = key(4, "loader processes per device; 0 loads in the training process", ge=0)
@@ -46,7 +67,9 @@ class DataConfig:
     std: list[float] = key([0.229, 0.224, 0.225], "per-channel deviation the input is divided by (0 to 1 scale)")
     crop_pct: float = key(0.875, "evaluation: side of the centre crop over that of the resized image", gt=0, le=1)
     interpolation: Literal["bilinear", "bicubic", "random"] = key("bicubic", "resampling of images")
-    on_bad_image: Literal["error", "skip"] = key("error", "an image that cannot be read: stop, or skip and count it")
+    on_bad_image: Literal["error", "skip"] = key(
+        "error", "an image or annotation that cannot be used: stop, or skip and count it"
+    )
     max_bad_images: int = key(100, "stop after so many skipped images", ge=0)
     synthetic_images: int = key(256, "images of the synthetic source, for training and for evaluation", gt=0)
 
@@ -56,6 +79,13 @@ class AugmentConfig:
     scale: list[float] = key([0.08, 1.0], "area range of the random resized crop; [1, 1] for none")
     ratio: list[float] = key([0.75, 1.3333], "aspect-ratio range of the random resized crop; [1, 1] for none")
     hflip: float = key(0.5, "probability of a horizontal flip", ge=0, le=1)
+    resize: Literal["fixed", "multiscale", "detr"] = key(
+        "fixed",
+        "detection: to data.scale; or shorter side drawn from 0.6 to 1 of it (480 to 800 of 800); or, half the time, a "
+        "crop between two resizes, as DETR does",
+    )
+    zoom: list[float] = key([0.5, 2.0], "segmentation: range of the factor on data.scale before the crop")
+    photometric: bool = key(False, "dense tasks: mm's distortion of brightness, contrast, saturation and hue")
     color_jitter: float | None = key(
         None, "strength of colour jitter; has no effect beside a policy (timm's rule)", ge=0
     )
@@ -83,17 +113,26 @@ class OptimConfig:
     layer_decay: float | None = key(
         None, "factor of the learning rate per layer from the head down; null: none", gt=0, le=1
     )
+    backbone_lr: float = key(1.0, "dense tasks: factor of the learning rate of the backbone", gt=0)
+    no_decay: list[str] | None = key(
+        None, "dense tasks: parts of the names of parameters without weight decay, instead of the usual rule"
+    )
     clip_grad: float | None = key(None, "clip the norm of the gradient; null: no clipping", gt=0)
 
 
 @dataclass
 class ScheduleConfig:
-    name: Literal["cosine", "poly", "step", "constant"] = key("cosine", "decay of the learning rate, per step")
+    name: Literal["cosine", "poly", "step", "multistep", "constant"] = key(
+        "cosine", "decay of the learning rate, per step"
+    )
     warmup_epochs: float = key(0.0, "epochs of linear warm-up, counted in the schedule", ge=0)
+    warmup_steps: int | None = key(None, "optimizer steps of linear warm-up, in place of warmup_epochs", ge=0)
     warmup_lr: float = key(1e-6, "learning rate at the start of the warm-up; never scaled", ge=0)
     min_lr: float = key(0.0, "learning rate at the end; never scaled", ge=0)
     decay_epochs: float = key(30.0, "step schedule: epochs between decays", gt=0)
-    decay_rate: float = key(0.1, "step schedule: factor of a decay", gt=0, le=1)
+    milestones: list[float] = key([], "multistep schedule: epochs after which the rate decays")
+    decay_rate: float = key(0.1, "step and multistep schedules: factor of a decay", gt=0, le=1)
+    power: float = key(1.0, "poly schedule: power of the share of steps that are left", gt=0)
 
 
 @dataclass
@@ -110,12 +149,16 @@ class TrainerConfig:
     devices: int | str = key("auto", "devices per node: a number, or auto for all (one process on CPU)")
     nodes: int = key(1, "machines", gt=0)
     strategy: Literal["auto", "ddp"] = key("auto", "how several devices work together")
-    precision: Literal["32", "bf16", "fp16"] = key("32", "32, or automatic mixed precision in bf16 or fp16")
+    precision: Literal["32", "bf16", "fp16"] = key(
+        "32", "32, or automatic mixed precision in bf16 or fp16; heads with operators of mmcv keep to 32"
+    )
     accumulate: int = key(1, "batches whose gradients add up to one optimizer step", gt=0)
-    sync_bn: bool = key(False, "batch-norm statistics over all devices (CUDA only)")
+    sync_bn: bool = key(False, "batch-norm statistics over all devices; plain batch norms where there is no CUDA")
     seed: int = key(0, "seed of initial weights, data order, augmentation and dropout", ge=0)
     val_every: int = key(1, "epochs between evaluations", gt=0)
-    monitor: Literal["top1", "top1_ema", "loss"] = key("top1", "evaluation metric that selects the best checkpoint")
+    monitor: (
+        Literal["top1", "loss", "box_ap", "mask_ap", "miou", "top1_ema", "box_ap_ema", "mask_ap_ema", "miou_ema"] | None
+    ) = key(None, "evaluation metric that selects the best checkpoint; null: top1, box_ap or miou, as the task is")
     save_every: int | None = key(
         None, "also save the last checkpoint every so many steps; null: at each epoch's end", gt=0
     )
@@ -135,7 +178,7 @@ class RunConfig:
 class Recipe:
     """A whole recipe. `task` says which training module it is for."""
 
-    task: Literal["classification"] = key("classification", "what is trained")
+    task: Literal["classification", "detection", "segmentation"] = key("classification", "what is trained")
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
@@ -144,3 +187,8 @@ class Recipe:
     ema: EmaConfig = field(default_factory=EmaConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     run: RunConfig = field(default_factory=RunConfig)
+
+    @property
+    def monitor(self) -> str:
+        """The evaluation metric that selects the best checkpoint: `trainer.monitor`, or the task's first."""
+        return self.trainer.monitor or METRICS[self.task][0]

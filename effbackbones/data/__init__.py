@@ -6,14 +6,14 @@ from pathlib import Path
 from timm.data import Mixup
 
 from effbackbones.config.schema import AugmentConfig, DataConfig
-from effbackbones.data.datamodule import ImageData
+from effbackbones.data.datamodule import ImageData, RecipeData
 from effbackbones.data.datasets import LEFT_OUT, ImageSource
 from effbackbones.data.errors import BadImageError, DataError
 from effbackbones.data.fashion_mnist import FashionMnist
 from effbackbones.data.folder import load_folders
 from effbackbones.data.synthetic import SyntheticImages
 
-__all__ = ["LEFT_OUT", "BadImageError", "DataError", "ImageData", "build_data", "build_mixup"]
+__all__ = ["LEFT_OUT", "BadImageError", "DataError", "ImageData", "RecipeData", "build_data", "build_mixup"]
 
 
 def build_data(data: DataConfig, augment: AugmentConfig, *, seed: int, overfit: bool = False) -> ImageData:

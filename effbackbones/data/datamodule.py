@@ -1,50 +1,58 @@
-"""The LightningDataModule of image classification."""
+"""The LightningDataModule of a recipe: what is the same for every task, and that of image classification."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from effbackbones.config.schema import AugmentConfig, DataConfig
-from effbackbones.data.datasets import BadImages, EvalImages, ImageSource, TrainImages
+from effbackbones.data.datasets import BadImages, EvalImages, EvalSamples, ImageSource, TrainImages, TrainSamples
 from effbackbones.data.errors import DataError
 from effbackbones.data.sampler import EpochBatches
 from effbackbones.data.transforms import eval_transform, train_transform
 
 
-class ImageData(LightningDataModule):
-    """Batches of normalised images (B, 3, size, size) float32 with class indices (B,) int64.
+class RecipeData(LightningDataModule):
+    """Loaders of a training and an evaluation dataset.
 
     The order and the augmentation of training follow from `seed` and the progress of the trainer, which must have
     `use_distributed_sampler=False`: see :mod:`.sampler`. Evaluation takes every image once, in order; rank r of W takes
     every W-th from r on. With `overfit`, every training batch is the first one, and evaluation takes its images.
+
+    Args:
+        train: Training samples.
+        val: Evaluation samples.
+        bad: What counts the images that are skipped.
+        classes: Names of the classes.
+        collate: Makes a batch of a list of samples; None: torch's.
     """
 
     def __init__(
         self,
-        train: ImageSource,
-        val: ImageSource,
+        train: TrainSamples,
+        val: EvalSamples,
+        bad: BadImages,
+        classes: Sequence[str],
         data: DataConfig,
-        augment: AugmentConfig,
         *,
         seed: int,
         overfit: bool = False,
+        repeats: int = 1,
+        collate: Callable[[list[Any]], Any] | None = None,
     ) -> None:
         super().__init__()
-        self.classes = tuple(train.classes)
-        self.num_classes = len(self.classes)
-        self.eval_transform = eval_transform(data)
-        self._bad = BadImages(data.on_bad_image, data.max_bad_images, train=len(train), val=len(val))
-        self.train_dataset = TrainImages(train, train_transform(data, augment), self._bad)
-        evaluated = (train, "train") if overfit else (val, "val")
-        self.val_dataset = EvalImages(evaluated[0], self.eval_transform, self._bad, evaluated[1], data.size)
+        self.classes = tuple(classes)
+        self.train_dataset = train
+        self.val_dataset = val
+        self._bad = bad
         self._data = data
-        self._repeats = augment.repeats
+        self._repeats = repeats
         self._seed = seed
         self._overfit = overfit
+        self._collate = collate
 
     @property
     def bad_images(self) -> int:
@@ -52,13 +60,13 @@ class ImageData(LightningDataModule):
         return self._bad.count
 
     def train_dataloader(self) -> DataLoader:
-        return _loader(self._data, self.train_dataset, batch_sampler=self._epoch_batches())
+        return self._loader(self.train_dataset, batch_sampler=self._epoch_batches())
 
     def val_dataloader(self) -> DataLoader:
         images = self._epoch_batches().first_images() if self._overfit else range(len(self.val_dataset))
         rank, world = self._rank_and_world()
         batch_size = self._data.eval_batch_size or self._data.batch_size
-        return _loader(self._data, self.val_dataset, batch_size=batch_size, sampler=images[rank::world])
+        return self._loader(self.val_dataset, batch_size=batch_size, sampler=images[rank::world])
 
     def test_dataloader(self) -> DataLoader:
         return self.val_dataloader()
@@ -106,6 +114,45 @@ class ImageData(LightningDataModule):
         consumed = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed  # type: ignore[attr-defined]
         return divmod(consumed, self._batches_per_epoch())
 
+    def _loader(self, dataset: Dataset[Any], **batches: Any) -> DataLoader:
+        return _ResumableLoader(
+            dataset,
+            num_workers=self._data.workers,
+            persistent_workers=self._data.workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # loaders draw from the global generator otherwise
+            collate_fn=self._collate,
+            **batches,
+        )
+
+
+class ImageData(RecipeData):
+    """Batches of normalised images (B, 3, size, size) float32 with class indices (B,) int64."""
+
+    def __init__(
+        self,
+        train: ImageSource,
+        val: ImageSource,
+        data: DataConfig,
+        augment: AugmentConfig,
+        *,
+        seed: int,
+        overfit: bool = False,
+    ) -> None:
+        bad = BadImages(data.on_bad_image, data.max_bad_images, train=len(train), val=len(val))
+        self.eval_transform = eval_transform(data)
+        evaluated = (train, "train") if overfit else (val, "val")
+        super().__init__(
+            TrainImages(train, train_transform(data, augment), bad),
+            EvalImages(evaluated[0], self.eval_transform, bad, evaluated[1], data.size),
+            bad,
+            train.classes,
+            data,
+            seed=seed,
+            overfit=overfit,
+            repeats=augment.repeats,
+        )
+
 
 class _ResumableLoader(DataLoader):
     """A loader that Lightning takes as resumable; it needs no state, as its batch sampler knows the position."""
@@ -115,14 +162,3 @@ class _ResumableLoader(DataLoader):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         pass
-
-
-def _loader(data: DataConfig, dataset: Dataset[tuple[Tensor, int]], **batches: Any) -> DataLoader:
-    return _ResumableLoader(
-        dataset,
-        num_workers=data.workers,
-        persistent_workers=data.workers > 0,
-        pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator(),  # loaders draw from the global generator otherwise
-        **batches,
-    )

@@ -4,7 +4,7 @@ import logging
 import random
 from collections.abc import Callable, Sequence
 from itertools import chain
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -68,55 +68,82 @@ class BadImages:
         log.warning("skipped image %d (of at most %d): %s", count, self.limit, error)
 
 
-class TrainImages(Dataset[tuple[Tensor, int]]):
-    """Augmented images by key. An image that cannot be read is replaced by the next one that can.
+class TrainSamples(Dataset[Any]):
+    """Augmented samples by key. One that cannot be used is replaced by the next one that can.
 
     Augmentation depends on the key alone, and leaves the random generators of the process as they were.
     """
 
-    def __init__(self, source: ImageSource, transform: Transform, bad: BadImages) -> None:
+    def __init__(self, source: Any, bad: BadImages) -> None:
         self.source = source
-        self.transform = transform
         self.bad = bad
 
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, key: Key) -> tuple[Tensor, int]:
+    def load(self, index: int) -> Any:
+        """Return a sample, augmented by the random generators of the process. Raises BadImageError."""
+        return self.source[index]
+
+    def __getitem__(self, key: Key) -> Any:
         index, seed = key
         with isolate_rng(include_cuda=False):
             random.seed(seed)
             np.random.seed(seed)
             torch.default_generator.manual_seed(seed)  # torch.manual_seed would reach the CUDA generators too
-            image, target = self._read(index)
-            return self.transform(image), target
-
-    def _read(self, index: int) -> tuple[Image.Image, int]:
-        for candidate in chain(range(index, len(self)), range(index)):
-            try:
-                return self.source[candidate]
-            except BadImageError as error:
-                self.bad.skip("train", candidate, error)
+            for candidate in chain(range(index, len(self)), range(index)):
+                try:
+                    return self.load(candidate)
+                except BadImageError as error:
+                    self.bad.skip("train", candidate, error)
         raise BadImageError(f"none of the {len(self)} training images can be read: repair the dataset")
 
 
-class EvalImages(Dataset[tuple[Tensor, int]]):
-    """Images by index. One that cannot be read is zeros with the target `LEFT_OUT`."""
+class TrainImages(TrainSamples):
+    """Augmented images with their class indices, by key."""
 
-    def __init__(self, source: ImageSource, transform: Transform, bad: BadImages, split: str, size: int) -> None:
-        self.source = source
+    def __init__(self, source: ImageSource, transform: Transform, bad: BadImages) -> None:
+        super().__init__(source, bad)
         self.transform = transform
+
+    def load(self, index: int) -> tuple[Tensor, int]:
+        image, target = self.source[index]
+        return self.transform(image), target
+
+
+class EvalSamples(Dataset[Any]):
+    """Samples by index. One that cannot be used is its `substitute`."""
+
+    substitute: Any = None
+
+    def __init__(self, source: Any, bad: BadImages, split: str) -> None:
+        self.source = source
         self.bad = bad
         self.split = split
-        self.size = size
 
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+    def load(self, index: int) -> Any:
+        """Return a sample. Raises BadImageError."""
+        return self.source[index]
+
+    def __getitem__(self, index: int) -> Any:
         try:
-            image, target = self.source[index]
+            return self.load(index)
         except BadImageError as error:
             self.bad.skip(self.split, index, error)
-            return torch.zeros(3, self.size, self.size), LEFT_OUT
+            return self.substitute
+
+
+class EvalImages(EvalSamples):
+    """Images with their class indices. One that cannot be read is zeros with the target `LEFT_OUT`."""
+
+    def __init__(self, source: ImageSource, transform: Transform, bad: BadImages, split: str, size: int) -> None:
+        super().__init__(source, bad, split)
+        self.transform = transform
+        self.substitute = (torch.zeros(3, size, size), LEFT_OUT)
+
+    def load(self, index: int) -> tuple[Tensor, int]:
+        image, target = self.source[index]
         return self.transform(image), target

@@ -20,9 +20,11 @@ FUSED = ("adam", "adamw", "sgd", "momentum")
 
 
 def build_optimizer(
-    model: nn.Module, optim: OptimConfig, global_batch: int, fused: bool = False
+    model: nn.Module | list[dict[str, Any]], optim: OptimConfig, global_batch: int, fused: bool = False
 ) -> torch.optim.Optimizer:
     """Return the optimizer of a model's parameters, grouped by weight decay and, with `layer_decay`, by layer.
+
+    Groups that are given in place of a model are taken as they are, with their rates and weight decays.
 
     With `fused`, the optimizers that have one take a step in a single kernel. Lightning cannot clip gradients of a
     fused optimizer under fp16's scaler. A state that is loaded leaves the settings as they are here.
@@ -34,7 +36,7 @@ def build_optimizer(
         optim.name,
         lr=scaled_lr(optim, global_batch),
         weight_decay=optim.weight_decay,
-        layer_decay=optim.layer_decay,
+        layer_decay=optim.layer_decay if isinstance(model, nn.Module) else None,
         **{name: value for name, value in options.items() if value is not None},
     )
     optimizer.register_load_state_dict_pre_hook(_keep_settings)
@@ -56,11 +58,15 @@ def build_schedule(
     """Return the schedule of `steps` optimizer steps; `step_update(n)` of it sets the rate of step n, from 0 on."""
     epochs: Any = steps / steps_per_epoch
     warmup: Any = schedule.warmup_epochs
+    if schedule.warmup_steps is not None:
+        warmup = schedule.warmup_steps / steps_per_epoch
     options: dict[str, Any] = {}
     if schedule.name == "poly":
-        options["decay_rate"] = 1.0  # timm's name of the power
+        options["decay_rate"] = schedule.power
     elif schedule.name == "step":
         options.update(decay_rate=schedule.decay_rate, decay_epochs=schedule.decay_epochs)
+    elif schedule.name == "multistep":
+        options.update(decay_rate=schedule.decay_rate, decay_milestones=schedule.milestones)
     scheduler, _ = create_scheduler_v2(
         optimizer,
         schedule.name,

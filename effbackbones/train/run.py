@@ -8,13 +8,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from effbackbones.checkpoint import CheckpointError, read_checkpoint, run_checkpoint
 from effbackbones.config import LoadedRecipe, Recipe, RecipeError, explain, load_recipe
-from effbackbones.data import ImageData, build_data
+from effbackbones.data import RecipeData, build_data
 from effbackbones.files import replacing
 from effbackbones.train.callbacks.checkpoints import AtomicCheckpointIO, RunCheckpoints
 from effbackbones.train.callbacks.finite import FiniteGuard
@@ -23,6 +24,7 @@ from effbackbones.train.callbacks.progress import ProgressLine
 from effbackbones.train.callbacks.stop import EndOfRun
 from effbackbones.train.classification import ClassificationModule
 from effbackbones.train.logger import MetricsCSV
+from effbackbones.train.module import TrainingModule
 
 PRECISION: dict[str, Any] = {"32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 
@@ -67,8 +69,7 @@ def train(loaded: LoadedRecipe) -> Path:
     recipe.run.force = False  # said to this command, not to those that find recipe.yaml
 
     seed_everything(recipe.trainer.seed, verbose=False)
-    data = build_data(recipe.data, recipe.augment, seed=recipe.trainer.seed, overfit=recipe.trainer.overfit)
-    module = ClassificationModule(recipe, data.classes, loaded.to_yaml())
+    module, data = build_task(loaded)
     if recipe.model.checkpoint and not last.exists():
         module.load_weights(recipe.model.checkpoint)
 
@@ -102,9 +103,8 @@ def evaluate(target: str, overrides: Sequence[str] = ()) -> dict[str, float]:
     checkpoint = run_checkpoint(target) if is_run else recipe.model.checkpoint
     if checkpoint is None:
         raise RecipeError(f"{loaded.name}: nothing to evaluate; give a run folder or model.checkpoint=FILE")
-    recipe.ema.decay, ema = None, is_run and recipe.trainer.monitor == "top1_ema"
-    data = build_data(recipe.data, recipe.augment, seed=recipe.trainer.seed, overfit=recipe.trainer.overfit)
-    module = ClassificationModule(recipe, data.classes, loaded.to_yaml())
+    recipe.ema.decay, ema = None, is_run and recipe.monitor.endswith("_ema")
+    module, data = build_task(loaded)
     module.load_weights(checkpoint, ema, same_classes=True)
     trainer = _trainer(recipe, None, False, [ProgressLine()])
     trainer.print(f"Evaluating {checkpoint} on {len(data.val_dataset)} images.")
@@ -127,6 +127,33 @@ def load_target(target: str, overrides: Sequence[str] = ()) -> LoadedRecipe:
     loaded = load_recipe(path, overrides)
     loaded.recipe.run.dir = target
     return loaded
+
+
+def build_task(loaded: LoadedRecipe) -> tuple[TrainingModule, RecipeData]:
+    """Return the LightningModule and the LightningDataModule of a recipe's task.
+
+    Raises:
+        RecipeError: The model, or the head, cannot be built from the recipe.
+        DataError: The dataset is absent, damaged or not what the recipe says.
+    """
+    recipe = loaded.recipe
+    if recipe.task == "classification":
+        data: RecipeData = build_data(
+            recipe.data, recipe.augment, seed=recipe.trainer.seed, overfit=recipe.trainer.overfit
+        )
+        return ClassificationModule(recipe, data.classes, loaded.to_yaml()), data
+    try:
+        from effbackbones.mm.data import build_data as build_dense_data
+        from effbackbones.train.detection import DetectionModule
+        from effbackbones.train.segmentation import SegmentationModule
+    except ImportError as error:
+        raise RecipeError(
+            f"task: {recipe.task} needs mmdet and mmseg, but {error}: install them as the README says, and ask "
+            "`effb doctor` what is missing"
+        ) from error
+    data = build_dense_data(recipe)
+    module = DetectionModule if recipe.task == "detection" else SegmentationModule
+    return module(recipe, data.classes, loaded.to_yaml()), data
 
 
 @rank_zero_only
@@ -168,7 +195,7 @@ def _trainer(recipe: Recipe, folder: Path | None, loggers: list[Logger] | bool, 
         max_epochs=cfg.epochs,
         accumulate_grad_batches=cfg.accumulate,
         gradient_clip_val=recipe.optim.clip_grad,
-        sync_batchnorm=cfg.sync_bn,
+        sync_batchnorm=cfg.sync_bn and _has_sync_bn(cfg.accelerator),
         check_val_every_n_epoch=cfg.val_every,
         limit_train_batches=cfg.limit_train,
         limit_val_batches=cfg.limit_val,
@@ -183,14 +210,21 @@ def _trainer(recipe: Recipe, folder: Path | None, loggers: list[Logger] | bool, 
     )
 
 
+def _has_sync_bn(accelerator: str) -> bool:
+    if accelerator in ("auto", "cuda") and torch.cuda.is_available():
+        return True
+    rank_zero_warn("trainer.sync_bn: batch norms synchronise on CUDA only; they are plain ones here")
+    return False
+
+
 def _callbacks(recipe: Recipe, folder: Path) -> list[Callback]:
-    cfg, data = recipe.trainer, recipe.data
+    cfg = recipe.trainer
     return [
         ProgressLine(),
         FiniteGuard(),
-        Pictures(folder, data.mean, data.std),
+        Pictures(folder),
         EndOfRun(cfg.steps),
-        RunCheckpoints(folder / "checkpoints", f"val/{cfg.monitor}", cfg.save_every),
+        RunCheckpoints(folder / "checkpoints", f"val/{recipe.monitor}", cfg.save_every),
     ]
 
 
@@ -200,7 +234,7 @@ def _optional_loggers(folder: Path) -> list[Logger]:
     return [TensorBoardLogger(folder, name=None, version="tensorboard")]
 
 
-def _closing_words(folder: Path, trainer: Trainer, data: ImageData) -> str:
+def _closing_words(folder: Path, trainer: Trainer, data: RecipeData) -> str:
     checkpoints = next(c for c in trainer.checkpoint_callbacks if isinstance(c, RunCheckpoints))
     name = shlex.quote(str(folder))
     lines = []

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,14 +14,34 @@ from matplotlib.ticker import MaxNLocator
 from effbackbones.files import replacing
 from effbackbones.train.logger import read_metrics
 
-BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#8a8a8a"
+BLUE, ORANGE, GREEN, GREY = "#0072b2", "#d55e00", "#009e73", "#8a8a8a"
 INK = "#333333"
 
 Curve = Callable[[str], tuple[np.ndarray, np.ndarray]]  # name of a metric -> its abscissae and its finite values
+Line = tuple[str, str, str, str]  # name of a metric, its label, colour and line style
+
+
+def _with_ema(**lines: tuple[str, str]) -> tuple[Line, ...]:
+    """Return a line for each name of a validation metric with its label and colour, then those of their averages."""
+    plain = [(f"val/{name}", label, color, "-") for name, (label, color) in lines.items()]
+    averaged = [(f"{name}_ema", f"{label}, EMA", color, "--") for name, label, color, _ in plain]
+    return (*plain, *averaged)
+
+
+SCORES: dict[str, tuple[Line, ...]] = {  # what a panel's ordinate says -> its fractions, drawn in percent
+    "top-1 accuracy (%)": (
+        ("val/top1", "validation", BLUE, "-"),
+        ("val/top1_ema", "validation, EMA", ORANGE, "-"),
+    ),
+    "average precision (%)": _with_ema(
+        box_ap=("box AP", BLUE), box_ap50=("box AP50", GREEN), mask_ap=("mask AP", ORANGE)
+    ),
+    "IoU and accuracy (%)": _with_ema(miou=("mIoU", BLUE), macc=("mean accuracy", ORANGE)),
+}
 
 
 def plot_curves(metrics_csv: Path, out: Path) -> None:
-    """Draw the loss, the top-1 accuracy and the learning rate of a run; `out`'s ending says in which format.
+    """Draw the loss, the task's scores and the learning rate of a run; `out`'s ending says in which format.
 
     A panel whose metrics were not logged is left out.
 
@@ -38,7 +59,10 @@ def plot_curves(metrics_csv: Path, out: Path) -> None:
 
     panels: list[tuple[Callable[[Axes, Curve], None], tuple[str, ...]]] = [
         (_draw_loss, ("train/loss", "val/loss")),
-        (_draw_top1, ("val/top1", "val/top1_ema")),
+        *(
+            (partial(_draw_scores, ylabel, lines), tuple(name for name, *_ in lines))
+            for ylabel, lines in SCORES.items()
+        ),
         (_draw_lr, ("lr",)),
     ]
     drawn = [draw for draw, names in panels if any(curve(name)[0].size for name in names)]
@@ -69,7 +93,7 @@ def save_figure(figure: Figure, out: Path) -> None:
 
 def _steps_per_epoch(rows: list[dict[str, float]]) -> float | None:
     """Return the length of an epoch; None while the first one has not come to its evaluation."""
-    evaluated = any("val/loss" in row or "val/top1" in row for row in rows)
+    evaluated = any(name.startswith("val/") for row in rows for name in row)
     epochs = [(row["epoch"], row["step"]) for row in rows if "epoch" in row]
     if evaluated or any(epoch > 1 for epoch, _ in epochs):
         return max((step / epoch for epoch, step in epochs), default=None)
@@ -86,22 +110,26 @@ def _draw_loss(axes: Axes, curve: Curve) -> None:
     x, y = curve("val/loss")
     if x.size:
         axes.plot(x, y, color=BLUE, linewidth=1.6, marker=_marker(x), markersize=4, label="validation")
-    axes.set_ylabel("loss (nats)")
+    # Detection and segmentation, which log no validation loss, train on weighted sums of several kinds of loss.
+    axes.set_ylabel("loss (nats)" if x.size else "loss")
     axes.legend(frameon=False)
 
 
-def _draw_top1(axes: Axes, curve: Curve) -> None:
-    for name, label, color in (("val/top1", "validation", BLUE), ("val/top1_ema", "validation, EMA", ORANGE)):
+def _draw_scores(ylabel: str, lines: tuple[Line, ...], axes: Axes, curve: Curve) -> None:
+    for name, label, color, style in lines:
         x, y = curve(name)
         if x.size:
             percent, best = 100 * y, y.argmax()
             label = f"{label}: best {percent[best]:.2f} %"
-            axes.plot(x, percent, color=color, linewidth=1.6, marker=_marker(x), markersize=4, label=label)
+            axes.plot(x, percent, style, color=color, linewidth=1.6, marker=_marker(x), markersize=4, label=label)
             axes.plot(
                 x[best], percent[best], "o", color=color, markersize=8, markerfacecolor="white", markeredgewidth=1.8
             )
-    axes.set_ylabel("top-1 accuracy (%)")
-    axes.legend(frameon=False)
+    axes.set_ylabel(ylabel)
+    if len(axes.get_legend_handles_labels()[1]) > 2:  # would hide the lines
+        axes.legend(frameon=False, ncols=2, fontsize="small", loc="lower center", bbox_to_anchor=(0.5, 1))
+    else:
+        axes.legend(frameon=False)
 
 
 def _draw_lr(axes: Axes, curve: Curve) -> None:

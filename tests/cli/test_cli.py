@@ -382,7 +382,7 @@ def test_bench_case_that_fails_is_exit_code_1_and_the_others_are_there(effb: Eff
 def test_doctor_prints_its_sections(effb: Effb) -> None:
     code, out, _ = effb("doctor")
     assert code == 0
-    assert re.findall(r"^\w+", out, re.MULTILINE) == ["System", "Packages", "Devices", "Attention"]
+    assert re.findall(r"^\w+", out, re.MULTILINE) == ["System", "Packages", "Devices", "Attention", "OpenMMLab"]
     rows = dict(cells(line)[:2] for line in out.splitlines() if line.startswith("  "))
     assert rows["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
     assert rows["sdpa"] == rows["plain"] == "works"
@@ -414,7 +414,7 @@ BAD = {
     "checkpoint_missing": ("eval quickstart model.checkpoint=nowhere.pth", "nowhere.pth: no such file"),
     "image_missing": (f"predict nowhere.png --run {RUN}", "nowhere.png", "No such file"),
     "image_is_text": (f"predict recipes/quickstart.yaml --run {RUN}", "recipes/quickstart.yaml: cannot be read as"),
-    "image_is_folder": (f"predict data --run {RUN}", "data: cannot be read as an image"),
+    "folder_without_images": (f"predict recipes --run {RUN}", "recipes: no image in this folder"),
     "run_missing": (f"predict {COAT} --run runs/nowhere", "runs/nowhere: no checkpoint", "is it a run folder?"),
     "run_is_a_recipe": (f"predict {COAT} --run quickstart", "quickstart: no checkpoint", "is it a run folder?"),
     "model_without_checkpoint": (f"predict {COAT} --model uniformer_small", "--model and --checkpoint go together"),

@@ -9,6 +9,7 @@ from effbackbones.assets import asset_dir, list_recipes
 from effbackbones.config import Recipe, RecipeError, explain, load_recipe
 
 VALID = "model:\n  name: resnet18\ndata:\n  root: images\n"
+DETECTION = ["task=detection", "data.source=coco", "model.head=mmdet::retinanet/retinanet_r50_fpn_1x_coco.py"]
 
 
 @pytest.fixture
@@ -176,7 +177,10 @@ def test_to_yaml_reads_back_equal(write):
         ("optim: {clip_grad: x}", "x.yaml:1: optim.clip_grad: expected float or null, got 'x'"),
         ("optim: {betas: 0.9}", "x.yaml:1: optim.betas: expected a list of float or null, got 0.9"),
         ("data: {mean: [0, a, 0]}", "x.yaml:1: data.mean: expected float, got 'a'"),
-        ("data: {source: coco}", "x.yaml:1: data.source: expected one of fashion_mnist, folder, synthetic, got 'coco'"),
+        (
+            "data: {source: cifar}",
+            "x.yaml:1: data.source: expected one of fashion_mnist, folder, synthetic, coco, ade20k, got 'cifar'",
+        ),
         ("trainer: {precision: 16}", "x.yaml:1: trainer.precision: expected one of 32, bf16, fp16, got 16"),
         ("trainer: {devices: 1.5}", "x.yaml:1: trainer.devices: expected int or str, got 1.5"),
         ("data:", "x.yaml:1: data: expected a mapping of keys, got null"),
@@ -325,7 +329,27 @@ def test_load_errors_of_base_file_and_overrides_come_together(write):
         (["trainer.monitor=top1_ema"], "command line: trainer.monitor: top1_ema needs an average of the weights"),
         (["trainer.devices=all"], "command line: trainer.devices: expected auto or a positive number, got 'all'"),
         (["trainer.devices=0"], "command line: trainer.devices: expected auto or a positive number, got 0"),
-        (["trainer.sync_bn=true", "trainer.accelerator=cpu"], "command line: trainer.sync_bn: batch norms synchronise"),
+        (
+            ["data.source=coco"],
+            "command line: data.source: expected one of fashion_mnist, folder, synthetic for classification, got coco",
+        ),
+        (["data.source=coco", "task=detection"], "command line: model.head: required for detection: an mm config"),
+        (["model.head=mmdet::x.py"], "command line: model.head: has no effect in classification: leave it out"),
+        (["model.head_overrides.neck.a=1"], "command line: model.head_overrides: has no effect in classification"),
+        ([*DETECTION, "augment.mixup=0.8"], "command line: augment.mixup: has no effect in detection: leave it out"),
+        ([*DETECTION, "augment.scale=[0.5, 1]"], "command line: augment.scale: has no effect in detection"),
+        (
+            [*DETECTION, "trainer.monitor=top1"],
+            "command line: trainer.monitor: expected one of box_ap, mask_ap for detection",
+        ),
+        (
+            [*DETECTION, "data.scale=[320, 640]"],
+            "command line: data.scale: expected the longer side, then the shorter one",
+        ),
+        (
+            [*DETECTION, "augment.zoom=[2, 1]"],
+            "command line: augment.zoom: expected two increasing numbers above 0, got [2.0, 1.0]",
+        ),
     ],
 )
 def test_load_impossible_combination_is_one_error(write, overrides, expected):
@@ -341,6 +365,9 @@ def test_load_impossible_combination_is_one_error(write, overrides, expected):
         ["augment.scale=[1, 1]", "augment.ratio=[1, 1]"],
         ["trainer.monitor=top1_ema", "ema.decay=0.99"],
         ["trainer.sync_bn=true"],
+        ["trainer.sync_bn=true", "trainer.accelerator=cpu"],
+        DETECTION,
+        [*DETECTION, "trainer.monitor=mask_ap_ema", "ema.decay=0.9", "augment.resize=detr", "optim.backbone_lr=0.1"],
         ["data.source=synthetic", "data.num_classes=2", "data.root=null"],
     ],
 )

@@ -45,7 +45,7 @@ def test_shipped_files_hold_the_expected_images_and_labels(split, count):
 def test_default_root_is_the_data_that_ships_with_the_package():
     data = build_data(DataConfig(source="fashion_mnist", size=32), AugmentConfig(), seed=0)
     assert (len(data.train_dataset), len(data.val_dataset)) == (10000, 2000)
-    assert data.num_classes == 10
+    assert len(data.classes) == 10
     assert data.classes[0] == "T-shirt/top"
     assert data.classes[9] == "Ankle boot"
 

@@ -53,7 +53,7 @@ def grey(image):
 def test_folder_is_read_by_class_names_in_order(root):
     data = build(root)
     assert data.classes == ("cat", "dog")
-    assert data.num_classes == 2
+    assert len(data.classes) == 2
     assert [(grey(image), target) for image, target in (data.val_dataset[i] for i in range(6))] == [
         (0, 0), (40, 0), (80, 0), (0, 1), (40, 1), (80, 1),
     ]  # fmt: skip

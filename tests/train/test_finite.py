@@ -114,7 +114,7 @@ class Linear(torch.nn.Linear):
         super().__init__(1, 1)
         self.trainer = trainer
 
-    def step_loss(self, batch):
+    def step_losses(self, batch):
         return self(batch).sum()
 
 

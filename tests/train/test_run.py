@@ -11,7 +11,7 @@ from small_runs import checkpoint, small_recipe, train
 from effbackbones.cli import main
 from effbackbones.config import load_recipe
 from effbackbones.train import run
-from effbackbones.train.callbacks import pictures as pictures_module
+from effbackbones.train import classification
 from effbackbones.train.logger import read_metrics
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning")
@@ -143,7 +143,7 @@ def test_skipped_images_are_counted_in_the_closing_words(tmp_path, images, capsy
 
 def test_picture_of_predictions_has_readable_images_of_all_classes_in_turn(tmp_path, images, monkeypatch):
     drawn = []
-    monkeypatch.setattr(pictures_module, "draw_predictions", lambda *args, **kwargs: drawn.append(args[3].tolist()))
+    monkeypatch.setattr(classification, "draw_predictions", lambda *args, **kwargs: drawn.append(args[3].tolist()))
     source = ["data.source=folder", f"data.root={images}", "data.num_classes=null", "data.on_bad_image=skip"]
     train(small_recipe(tmp_path / "run", [*source, "trainer.steps=1"]), pictures=True)
     (targets,) = drawn

@@ -87,6 +87,40 @@ def test_plot_curves_top1_is_in_percent_with_the_best_marked(tmp_path: Path, fig
     ]
 
 
+@pytest.mark.parametrize(
+    ("columns", "ylabel", "legend"),
+    [
+        ("val/box_ap,val/box_ap50", "average precision (%)", ["box AP: best 30.00 %", "box AP50: best 60.00 %"]),
+        (
+            "val/box_ap_ema,val/mask_ap",
+            "average precision (%)",
+            ["mask AP: best 60.00 %", "box AP, EMA: best 30.00 %"],
+        ),
+        ("val/miou,val/macc", "IoU and accuracy (%)", ["mIoU: best 30.00 %", "mean accuracy: best 60.00 %"]),
+        ("val/miou,val/miou_ema", "IoU and accuracy (%)", ["mIoU: best 30.00 %", "mIoU, EMA: best 60.00 %"]),
+    ],
+)
+def test_plot_curves_dense_scores_are_in_percent_over_epochs(
+    tmp_path: Path, figures: list[Figure], columns: str, ylabel: str, legend: list[str]
+) -> None:
+    text = f"epoch,step,train/loss,train/loss_cls,{columns}\n1,5,2,1,,\n1,10,1,0.5,0.3,0.6\n"
+    plot_curves(write(tmp_path, text), tmp_path / "curves.png")
+    loss, scores = figures[0].axes
+    assert (loss.get_ylabel(), scores.get_ylabel(), scores.get_xlabel()) == ("loss", ylabel, "epoch")
+    assert [line.get_xydata().tolist() for line in loss.lines] == [[[0.5, 2], [1, 1]]]
+    assert [text.get_text() for text in scores.get_legend().get_texts()] == legend
+
+
+def test_plot_curves_six_scores_do_not_lie_under_the_legend(tmp_path: Path, figures: list[Figure]) -> None:
+    names = [f"val/{name}{ema}" for name in ("box_ap", "box_ap50", "mask_ap") for ema in ("", "_ema")]
+    text = f"epoch,step,{','.join(names)}\n" + "".join(f"{e},{e}{f',0.{e}' * 6}\n" for e in range(1, 9))
+    plot_curves(write(tmp_path, text), tmp_path / "curves.png")
+    (scores,) = figures[0].axes
+    figures[0].canvas.draw()
+    assert len(scores.get_legend().get_texts()) == 6
+    assert scores.get_legend().get_window_extent().y0 >= scores.bbox.y1
+
+
 @pytest.mark.parametrize("text", ["", HEADER, HEADER + "1,1,nan,,,,\n"])
 def test_plot_curves_nothing_to_draw_raises_value_error(tmp_path: Path, text: str) -> None:
     with pytest.raises(ValueError, match=r"metrics\.csv: nothing to draw .* train/loss"):

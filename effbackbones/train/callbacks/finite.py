@@ -95,7 +95,7 @@ class FiniteGuard(Callback):
         ]
         try:
             with torch.no_grad(), pl_module.trainer.precision_plugin.forward_context():
-                pl_module.step_loss(self._batch)  # type: ignore[operator]
+                pl_module.step_losses(self._batch)  # type: ignore[operator]
         finally:
             for hook in hooks:
                 hook.remove()

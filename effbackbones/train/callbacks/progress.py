@@ -22,7 +22,8 @@ class ProgressLine(ProgressBar):
     """Show `epoch 2/10  step 1430/7800  loss 0.412  lr 9.1e-04  812 img/s  1:43 left`, and each evaluation's metrics.
 
     Steps are optimizer steps of the whole run; images/s are those of all devices, evaluation excluded;
-    the time left is that of the whole run, with the evaluations to come. Batches are (images, targets).
+    the time left is that of the whole run, with the evaluations to come. Batches are (images, targets), or hold the
+    images as `inputs`.
 
     Args:
         stream: where to write; None: standard output.
@@ -65,7 +66,7 @@ class ProgressLine(ProgressBar):
     ) -> None:
         now = time.monotonic()
         if self._batch_ended_at is not None:  # the first batch of a run carries its compilation and warm-up
-            self._window.append((now - self._batch_ended_at, len(batch[0]) * trainer.world_size))
+            self._window.append((now - self._batch_ended_at, _images(batch) * trainer.world_size))
         self._batch_ended_at = now
         if trainer.is_last_batch or self._is_due(now) or trainer.global_step >= total_steps(trainer):
             self._show(self._train_line(trainer))
@@ -173,6 +174,10 @@ class ProgressLine(ProgressBar):
             self._line = ""
 
 
+def _images(batch: Any) -> int:
+    return len(batch["inputs"] if isinstance(batch, dict) else batch[0])
+
+
 def _steps_per_epoch(trainer: Trainer) -> float:
     batches = trainer.num_training_batches
     return math.ceil(batches / trainer.accumulate_grad_batches) if math.isfinite(batches) else math.inf
@@ -189,11 +194,11 @@ def _epoch(trainer: Trainer) -> str:
 
 
 def _evaluation_metrics(trainer: Trainer) -> list[str]:
-    """Return the metrics of the evaluation that just ended: top-k in percent, then the others."""
+    """Return the metrics of the evaluation that just ended: shares in percent, then losses."""
     prefix = "test/" if trainer.testing else "val/"
     found = {k.removeprefix(prefix): float(v) for k, v in trainer.callback_metrics.items() if k.startswith(prefix)}
-    top = [f"{name} {value:.1%}".removesuffix("%") for name, value in found.items() if name.startswith("top")]
-    return top + [f"{name} {_number(value)}" for name, value in found.items() if not name.startswith("top")]
+    shares = [f"{name} {value:.1%}".removesuffix("%") for name, value in found.items() if "loss" not in name]
+    return shares + [f"{name} {_number(value)}" for name, value in found.items() if "loss" in name]
 
 
 def _join(*parts: str) -> str:

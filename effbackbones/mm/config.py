@@ -1,0 +1,441 @@
+"""mm's configs with a backbone of the zoo in them.
+
+A head is an mm config of which the model is taken: its backbone is replaced, what takes the backbone's maps is made for
+ours, the rest stays as it is. Nothing is ever downloaded.
+"""
+
+import copy
+import difflib
+import logging
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config, ConfigDict
+from mmengine.logging import MMLogger
+from mmengine.registry import DefaultScope
+from torch import Tensor, nn
+
+from effbackbones.config import Recipe, RecipeError
+from effbackbones.mm.backbone import EffBackbone
+
+log = logging.getLogger(__name__)
+
+PACKAGES = ("mmdet", "mmseg")
+
+_OLD_SIZE = 128  # pixels a side at which the maps of a config's own backbone are looked at
+_CHECKED_SIZE = 256  # DETR-like detectors choose up to 900 queries among the cells of the maps
+
+# What of a model takes no maps: all else may be a head.
+_NO_HEADS = ("type", "backbone", "neck", "data_preprocessor", "train_cfg", "test_cfg")
+
+
+class HeadError(RecipeError):
+    """An mm config that cannot be used with a backbone of ours; the message names the field."""
+
+
+def load_head(name: str) -> Config:
+    """Return the mm config `name`; its `default_scope` is the package that its model is of.
+
+    The config is a program: it is run, as mm runs it.
+
+    Args:
+        name: `mmdet::FILE` or `mmseg::FILE`, relative to the config folder of the installed package, or a path.
+
+    Raises:
+        HeadError: There is no such config, or it cannot be read.
+    """
+    package, in_package, file = name.partition("::")
+    path = _packaged(name, package, file) if in_package else Path(name)
+    if not path.is_file():
+        raise HeadError(
+            f"{name}: no such file; expected a path, or mmdet::FILE or mmseg::FILE of the installed package"
+        )
+    try:
+        config = Config.fromfile(path)
+    except Exception as error:  # a program can fail in any way
+        raise HeadError(f"{name}: cannot be read: {type(error).__name__}: {error}") from error
+    if in_package:
+        config.default_scope = package
+    if config.get("default_scope") not in PACKAGES:
+        raise HeadError(f"{name}: default_scope={config.get('default_scope')!r}, expected {' or '.join(PACKAGES)}")
+    if not isinstance(config.get("model"), Mapping):
+        raise HeadError(f"{name}: holds no model; expected the config of a detector or a segmentor")
+    return config
+
+
+def _packaged(name: str, package: str, file: str) -> Path:
+    """Return the path of a config of an installed package."""
+    if package not in PACKAGES:
+        raise HeadError(f"{name}: expected mmdet::FILE, mmseg::FILE or the path of a config")
+    spec = find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise HeadError(f"{name}: {package} is not installed; `effb doctor` says how to install the mm extra")
+    folder = Path(spec.submodule_search_locations[0]) / ".mim" / "configs"
+    known = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.py"))
+    if file not in known:
+        elsewhere = [other for other in known if Path(other).name == Path(file).name]
+        nearest = elsewhere or difflib.get_close_matches(file, known, n=3)
+        hint = f"; nearest: {', '.join(f'{package}::{other}' for other in nearest)}" if nearest else ""
+        raise HeadError(f"{name}: {package} has no such config{hint}")
+    return folder / file
+
+
+def build_model(recipe: Recipe, classes: Sequence[str]) -> nn.Module:
+    """Return the detector or segmentor of a recipe with fresh weights, tried on one blank image.
+
+    Raises:
+        HeadError: The config cannot be read or cannot take the backbone's maps.
+    """
+    scope = load_head(str(recipe.model.head)).default_scope
+    model_cfg = build_model_cfg(recipe, classes)
+    try:
+        model = build_from_cfg(model_cfg, scope)
+        check_head(model, model_cfg, scope)
+    except HeadError as error:
+        raise HeadError(f"{recipe.model.head}: {error}") from error
+    return model
+
+
+def build_model_cfg(recipe: Recipe, classes: Sequence[str], sync_bn: bool = False) -> ConfigDict:
+    """Return the model's config of a recipe: its head's with our backbone, classes and overrides.
+
+    Args:
+        recipe: The whole recipe.
+        classes: Names of the classes.
+        sync_bn: Keep the batch norms of the config that are synchronised over processes, which torch has on CUDA only;
+            otherwise they are plain ones.
+
+    Raises:
+        HeadError: The config cannot be read or cannot take the backbone's maps.
+    """
+    cfg = recipe.model
+    config = load_head(str(cfg.head))
+    backbone_cfg = {
+        "model": cfg.name,
+        "drop_path_rate": cfg.drop_path_rate,
+        "frozen_stages": cfg.frozen_stages,
+        "norm_eval": cfg.norm_eval,
+        "with_cp": cfg.grad_checkpointing,
+        **cfg.args,
+    }
+    try:
+        model = swap_backbone(config.model, backbone_cfg, config.default_scope)
+        _set_classes(model, len(classes))
+        _set_normalisation(model, recipe.data.mean, recipe.data.std)
+        if not sync_bn and _use_plain_batch_norms(model):
+            log.info("%s: its synchronised batch norms are plain ones here", cfg.head)
+        _merge(model, cfg.head_overrides, "model.head_overrides")
+    except HeadError as error:
+        raise HeadError(f"{cfg.head}: {error}") from error
+    return model
+
+
+def swap_backbone(model_cfg: Mapping[str, Any], backbone_cfg: Mapping[str, Any], scope: str) -> ConfigDict:
+    """Return a model's config with an EffBackbone in place of its backbone, at whatever depth that sits.
+
+    The old backbone is built and run once: of our stages those are taken that have the strides of its maps, or all four
+    where it has four maps that a dilation keeps from getting smaller. The neck, or the heads where there is none, get
+    the channels of our maps where they have those of the old ones.
+
+    Args:
+        model_cfg: Of mmdet or mmseg, left as it is.
+        backbone_cfg: Arguments of :class:`EffBackbone`, without `out_indices`.
+        scope: `mmdet` or `mmseg`.
+
+    Raises:
+        HeadError: The maps or channels have no counterpart; the message names the field.
+    """
+    model = ConfigDict(copy.deepcopy(dict(model_cfg)))
+    for node in list(_nodes(model)):
+        _forget_weights(node)
+    hosts = [node for node in _nodes(model) if isinstance(node.get("backbone"), Mapping)]
+    if not hosts:
+        raise HeadError("backbone: the model has none to replace")
+    for host in hosts:
+        old_maps = _old_maps(host.backbone, scope)
+        stages = _stages([stride for _, stride in old_maps])
+        host.backbone = ConfigDict(type=EffBackbone.__name__, out_indices=stages, **backbone_cfg)
+        with torch.device("meta"):
+            new_maps = _build(host.backbone, scope, "backbone").feature_info
+        widths = _Widths([width for width, _ in old_maps], [info["num_chs"] for info in new_maps])
+        _fit_heads(host, widths)
+    return model
+
+
+def _nodes(cfg: Any) -> Iterator[ConfigDict]:
+    """Yield `cfg` and every mapping in it."""
+    if isinstance(cfg, ConfigDict):
+        yield cfg
+        cfg = list(cfg.values())
+    if isinstance(cfg, (list, tuple)):
+        for value in cfg:
+            yield from _nodes(value)
+
+
+def _forget_weights(node: ConfigDict) -> None:
+    """Take away what makes mm load weights."""
+    node.pop("pretrained", None)
+    inits = node.get("init_cfg")
+    inits = inits if isinstance(inits, (list, tuple)) else [inits]
+    if any(init and init.get("type") == "Pretrained" for init in inits):
+        node.init_cfg = [init for init in inits if init and init.get("type") != "Pretrained"] or None
+
+
+def _old_maps(backbone_cfg: ConfigDict, scope: str) -> list[tuple[int, int]]:
+    """Return channels and stride of each map of a config's own backbone."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        backbone = _build(backbone_cfg, scope, "backbone")
+        backbone.eval()  # mm's return nothing from it
+        try:
+            maps = backbone(torch.zeros(1, 3, _OLD_SIZE, _OLD_SIZE))
+            maps = [maps] if isinstance(maps, Tensor) else maps
+            return [(x_bchw.shape[1], round(_OLD_SIZE / x_bchw.shape[3])) for x_bchw in maps]
+        except Exception as error:  # of whatever kind mm's backbones have
+            raise HeadError(f"backbone: cannot tell the maps of {backbone_cfg.type}: {error}") from error
+
+
+def _stages(strides: Sequence[int]) -> tuple[int, ...]:
+    """Return our stages that stand in for maps of these strides."""
+    ours = [4, 8, 16, 32]
+    if len(set(strides)) == len(strides) and set(strides) <= set(ours):
+        stages = [ours.index(stride) for stride in strides]
+        if stages == sorted(stages):
+            return tuple(stages)
+    if len(strides) == len(ours) and strides[0] == 4 and strides[1] == 8 and list(strides) == sorted(strides):
+        return 0, 1, 2, 3
+    raise HeadError(
+        f"backbone: the config's own has maps of strides {', '.join(map(str, strides))}; expected some of "
+        f"{', '.join(map(str, ours))} in this order, or four from 4 and 8 on"
+    )
+
+
+class _Widths:
+    """Channels of the old maps and of ours, map by map."""
+
+    def __init__(self, old: list[int], new: list[int]):
+        self.old = old
+        self.new = new
+
+    def replace(self, value: Any, index: Any = None) -> Any:
+        """Return `in_channels` of our maps for those of the old ones, or None where they have none of them.
+
+        Args:
+            value: Channels: an int or a list.
+            index: `in_index` of the head: which maps it takes, where it says so.
+        """
+        widths = list(value) if isinstance(value, (list, tuple)) else [value]
+        positions: list[int]
+        if index is not None:
+            positions = list(index) if isinstance(index, (list, tuple)) else [index]
+        elif widths == self.old:
+            positions = list(range(len(widths)))
+        elif len(set(self.old)) == len(self.old) and set(widths) <= set(self.old):
+            positions = [self.old.index(width) for width in widths]
+        else:
+            positions = [-1]
+        try:
+            if [self.old[i] for i in positions] != widths:
+                return None
+        except IndexError:
+            return None
+        new = [self.new[i] for i in positions]
+        return new if isinstance(value, (list, tuple)) else new[0]
+
+
+def _fit_heads(host: ConfigDict, widths: _Widths) -> None:
+    """Make what takes the backbone's maps, in the mapping `host` that holds it, for ours."""
+    neck = host.get("neck")
+    if neck:
+        first = neck[0] if isinstance(neck, (list, tuple)) else neck
+        field = "neck.0" if first is not neck else "neck"
+        if "in_channels" not in first:
+            raise HeadError(f"{field}: {first.get('type')} has no in_channels to set")
+        _fit(first, field, widths, required=True)
+        return
+    for key, value in host.items():
+        if key not in _NO_HEADS:
+            _fit(value, key, widths, required=True)
+
+
+def _fit(cfg: Any, field: str, widths: _Widths, required: bool) -> None:
+    """Set the channels that a head takes, and those of heads within it that tell which maps they take.
+
+    Args:
+        cfg: The head, a list of heads, or something else, which is left alone.
+        field: Its place in the model.
+        widths: Channels of the maps.
+        required: It is the model's own part: it takes maps if it has `in_channels`.
+
+    Raises:
+        HeadError: `in_channels` is none of the old maps'.
+    """
+    if isinstance(cfg, (list, tuple)):
+        for i, value in enumerate(cfg):
+            _fit(value, f"{field}.{i}", widths, required)
+    if not isinstance(cfg, ConfigDict):
+        return
+    index = cfg.get("in_index")
+    # Within a head, a number alone may be the width of anything.
+    if "in_channels" in cfg and (required or index is not None or isinstance(cfg.in_channels, (list, tuple))):
+        new = widths.replace(cfg.in_channels, index)
+        if new is not None:
+            cfg.in_channels = new
+        elif required or index is not None:
+            maps = f" of the maps {index}" if index is not None else ""
+            raise HeadError(
+                f"{field}.in_channels: {cfg.in_channels}{maps} are not the channels that the config's own backbone "
+                f"gives, {widths.old}: which of our maps to take cannot be told"
+            )
+    if "c1_in_channels" in cfg and cfg.c1_in_channels:  # DeepLabV3+ takes the first map besides
+        cfg.c1_in_channels = widths.new[0]
+    for key, value in cfg.items():
+        _fit(value, f"{field}.{key}", widths, required=False)
+
+
+def _set_classes(model: ConfigDict, classes: int) -> None:
+    """Set the number of classes wherever the old one is."""
+    nodes = list(_nodes(model))
+    counts = Counter(node.num_classes for node in nodes if node.get("num_classes", 1) != 1)
+    with_things = [node for node in nodes if "num_things_classes" in node]
+    things = sum((with_things[0].num_things_classes, with_things[0].num_stuff_classes)) if with_things else None
+    old = counts.most_common(1)[0][0] if counts else things
+    if old is None:
+        raise HeadError("num_classes: no head has it: the number of classes cannot be set")
+    for node in nodes:
+        if node.get("num_classes") == old:
+            node.num_classes = classes
+            if node.get("out_channels") == old:
+                node.out_channels = classes
+        weights = node.get("class_weight")
+        if isinstance(weights, (list, tuple)) and len(weights) - 1 in (old, things) and len(set(weights[:-1])) == 1:
+            node.class_weight = [weights[0]] * classes + [weights[-1]]  # the last is that of no object
+        elif isinstance(weights, (list, tuple)) and len(weights) in (old, things) and classes != len(weights):
+            del node.class_weight
+    for node in with_things:
+        node.update(num_things_classes=classes, num_stuff_classes=0)
+
+
+def _set_normalisation(model: ConfigDict, mean: Sequence[float], std: Sequence[float]) -> None:
+    """Have the images, which mm reads as BGR from 0 to 255, made RGB of this mean and deviation (0 to 1 scale)."""
+    for node in _nodes(model):
+        preprocessor = node.get("data_preprocessor")
+        if isinstance(preprocessor, ConfigDict) and "data_preprocessor" not in preprocessor:
+            preprocessor.pop("rgb_to_bgr", None)
+            preprocessor.update(mean=[255 * m for m in mean], std=[255 * s for s in std], bgr_to_rgb=True)
+
+
+def _use_plain_batch_norms(model: ConfigDict) -> bool:
+    """Replace synchronised batch norms; return whether there were any."""
+    synchronised = [node for node in _nodes(model) if node.get("type") == "SyncBN"]
+    for node in synchronised:
+        node.type = "BN"
+    return bool(synchronised)
+
+
+def _merge(cfg: ConfigDict, overrides: Mapping[str, Any], field: str) -> None:
+    """Merge overrides into a config: mappings key by key, for a list into each of its entries, anything else whole.
+
+    Raises:
+        HeadError: A mapping is given for something else.
+    """
+    for key, value in overrides.items():
+        old = cfg.get(key)
+        if not isinstance(value, Mapping):
+            cfg[key] = copy.deepcopy(value)
+        elif old is None or value.get("_delete_"):
+            cfg[key] = ConfigDict({name: copy.deepcopy(part) for name, part in value.items() if name != "_delete_"})
+        else:
+            targets = old if isinstance(old, (list, tuple)) else [old]
+            if not all(isinstance(target, ConfigDict) for target in targets):
+                raise HeadError(
+                    f"{field}.{key}: a mapping cannot be merged into {old!r}; add `_delete_: true` to replace that"
+                )
+            for target in targets:
+                _merge(target, value, f"{field}.{key}")
+
+
+def build_from_cfg(model_cfg: ConfigDict, scope: str) -> nn.Module:
+    """Return the detector (scope `mmdet`) or segmentor (`mmseg`) of a model's config, its weights initialised.
+
+    Raises:
+        HeadError: mm does not take the config.
+    """
+    model = _build(model_cfg, scope, "model")
+    with _quiet():
+        model.init_weights()
+    return model
+
+
+def _build(cfg: ConfigDict, scope: str, field: str) -> Any:
+    import_module(f"{scope}.utils").register_all_modules(init_default_scope=False)
+    registry = import_module(f"{scope}.registry").MODELS
+    with DefaultScope.overwrite_default_scope(scope):
+        try:
+            return registry.build(copy.deepcopy(cfg))
+        except Exception as error:  # mm asserts, and passes on whatever its classes raise
+            raise HeadError(f"{field}: {scope} cannot build it: {error}") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep mmengine from logging how each single parameter was initialised."""
+    logger = MMLogger.get_current_instance()
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def check_head(model: Any, model_cfg: ConfigDict, scope: str) -> None:
+    """Run a model once on a blank image.
+
+    Raises:
+        HeadError: That fails; the message names the field of `model_cfg` whose module was running.
+    """
+    entered = [""]
+    hooks = [
+        module.register_forward_pre_hook(lambda *_, name=name: entered.append(name))
+        for name, module in model.named_modules()
+    ]
+    training, size = model.training, (_CHECKED_SIZE, _CHECKED_SIZE)
+    kind = "DetDataSample" if scope == "mmdet" else "SegDataSample"
+    meta = {"ori_shape": size, "img_shape": size, "pad_shape": size, "batch_input_shape": size, "scale_factor": (1, 1)}
+    sample = getattr(import_module(f"{scope}.structures"), kind)(metainfo=meta)
+    images = torch.zeros(1, 3, *size)
+    model.eval()
+    try:
+        with torch.no_grad(), DefaultScope.overwrite_default_scope(scope):
+            model.predict(images, [sample])
+            if getattr(model, "with_auxiliary_head", False):
+                maps = model.extract_feat(images)
+                heads = model.auxiliary_head
+                for head in heads if isinstance(heads, nn.ModuleList) else [heads]:
+                    head(maps)
+    except Exception as error:  # shapes that do not fit, or an assertion of a head
+        raise HeadError(f"{_field(model_cfg, entered[-1])}: cannot take the backbone's maps: {error}") from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+        model.train(training)
+
+
+def _field(cfg: Any, module: str) -> str:
+    """Return the place in a model's config of the module of that name: as far as names and config go together."""
+    names = []
+    for name in module.split("."):
+        if isinstance(cfg, Mapping) and isinstance(cfg.get(name), (Mapping, list, tuple)):
+            cfg = cfg[name]
+        elif isinstance(cfg, (list, tuple)) and name.isdigit() and int(name) < len(cfg):
+            cfg = cfg[int(name)]
+        else:
+            break
+        names.append(name)
+    return ".".join(names) or "model"

@@ -1,0 +1,130 @@
+"""What the training of detection and of segmentation have in common: a model of mm under Lightning."""
+
+from abc import abstractmethod
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from effbackbones.checkpoint import load_model_weights
+from effbackbones.config import Recipe
+from effbackbones.data.folder import load_image
+from effbackbones.mm.config import build_model
+from effbackbones.mm.metrics import Metric, quiet
+from effbackbones.mm.optim import param_groups
+from effbackbones.train.module import TrainingModule
+from effbackbones.train.optim import scaled_lr
+from effbackbones.viz.dense import contact_sheet, save_picture
+
+Batch = dict[str, list[Any]]
+
+DRAWN = 8  # images in predictions.png
+
+
+class DenseModule(TrainingModule):
+    """Trains a detector or a segmentor of mm whose backbone is ours. Batches are those of mm: see `DenseData`."""
+
+    def __init__(self, recipe: Recipe, classes: tuple[str, ...], recipe_yaml: str):
+        quiet()
+        super().__init__(recipe, classes, recipe_yaml, build_model(recipe, classes))
+        if recipe.model.compile:
+            self.model.backbone.compile()
+        self.metrics: dict[str, Metric] = {}
+        # mmcv's operators do not take bf16: heads that use them run in float32 behind a mixed backbone and neck.
+        uses_operators = any(type(module).__module__.startswith("mmcv.ops") for module in self.model.modules())
+        self.mixed_trunk = recipe.trainer.precision != "32" and (recipe.task == "detection" or uses_operators)
+        if self.mixed_trunk:
+            for model in self.evaluated.values():
+                for part in filter(None, (model.backbone, getattr(model, "neck", None))):
+                    part.register_forward_pre_hook(_enter_autocast)
+                    part.register_forward_hook(_leave_autocast, always_call=True)
+
+    @abstractmethod
+    def build_metric(self) -> Metric:
+        """Return what computes the metrics of an evaluation."""
+
+    @abstractmethod
+    def draw_sample(self, image: Image.Image, sample: Any) -> Image.Image:
+        """Return the picture of an RGB image with the predictions in a data sample of mm."""
+
+    @abstractmethod
+    def draw_truth(self, image: Image.Image, index: int) -> Image.Image:
+        """Return the picture of an evaluation image with its annotations."""
+
+    def load_weights(self, path: str | Path, ema: bool = False, same_classes: bool = False) -> None:
+        """Start from the weights of a file or a run folder, as :func:`~effbackbones.checkpoint.load_model_weights`."""
+        load_model_weights(self.model, path, ema, same_classes)
+        if self.ema is not None:
+            self.ema.set(self.model)
+
+    def parameters_to_train(self) -> list[dict[str, Any]]:
+        optim = self.recipe.optim
+        return param_groups(
+            self.model,
+            scaled_lr(optim, self.global_batch),
+            optim.weight_decay,
+            optim.layer_decay,
+            optim.backbone_lr,
+            optim.no_decay,
+        )
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        for model in self.evaluated.values():
+            model._set_device(device)  # mm's preprocessor moves the batch; Lightning does not tell it where to
+        return batch
+
+    def forward_loss(self, batch: Batch) -> dict[str, Tensor]:
+        with self._autocast():
+            losses = self.model(**self.model.data_preprocessor(batch, True), mode="loss")
+            return dict(self.model.parse_losses(losses)[1])
+
+    def on_validation_epoch_start(self) -> None:
+        self.metrics = {suffix: self.build_metric() for suffix in self.evaluated}
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        if not batch["inputs"]:  # none of them could be read
+            return
+        for suffix, model in self.evaluated.items():
+            own = {**batch, "data_samples": [sample.clone() for sample in batch["data_samples"]]}
+            with self._autocast():
+                self.metrics[suffix].update(model.val_step(own))
+
+    def on_validation_epoch_end(self) -> None:
+        for suffix, metric in self.metrics.items():
+            self.log_dict({f"val/{name}{suffix}": value for name, value in metric.compute().items()})
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        return torch.autocast(self.device.type, enabled=False) if self.mixed_trunk else nullcontext()
+
+    @torch.no_grad()
+    def draw(self, out: Path) -> None:
+        """Draw evaluation images, each with what the model sees beside what is annotated."""
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        self.model.eval()
+        pairs = []
+        for index in range(len(data.val_dataset)):
+            sample = data.val_dataset[index]
+            if sample is None:  # it could not be read
+                continue
+            (predicted,) = self.model.val_step({"inputs": [sample["inputs"]], "data_samples": [sample["data_samples"]]})
+            image = load_image(predicted.img_path)
+            pairs.append((self.draw_sample(image, predicted), self.draw_truth(image, index)))
+            if len(pairs) == DRAWN:
+                break
+        save_picture(contact_sheet(pairs), out)
+
+
+def _enter_autocast(module: nn.Module, inputs: Any) -> None:
+    torch.set_autocast_enabled(_device(module), True)
+
+
+def _leave_autocast(module: nn.Module, inputs: Any, maps: Any) -> Any:
+    torch.set_autocast_enabled(_device(module), False)
+    return maps if maps is None else tuple(x_bchw.float() for x_bchw in maps)
+
+
+def _device(module: nn.Module) -> str:
+    return next(module.parameters()).device.type

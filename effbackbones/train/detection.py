@@ -1,0 +1,44 @@
+"""The LightningModule of detection, with instance masks where the head has them."""
+
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from effbackbones.config import Recipe
+from effbackbones.mm.data import read_instances, reads_masks
+from effbackbones.mm.metrics import Metric, average_precision
+from effbackbones.train.dense import DenseModule
+from effbackbones.viz.dense import draw_boxes
+
+SHOWN_SCORE = 0.5
+"""Score from which on a box is drawn."""
+
+
+class DetectionModule(DenseModule):
+    """Trains a detector of mmdet; evaluates boxes, and masks where the head predicts them, as COCO does."""
+
+    def __init__(self, recipe: Recipe, classes: tuple[str, ...], recipe_yaml: str):
+        super().__init__(recipe, classes, recipe_yaml)
+        self.masks = reads_masks(recipe)
+
+    def build_metric(self) -> Metric:
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        return average_precision(data, self.masks)
+
+    def draw_sample(self, image: Image.Image, sample: Any) -> Image.Image:
+        instances = sample.pred_instances
+        instances = instances[instances.scores >= SHOWN_SCORE].cpu().numpy()
+        return draw_boxes(
+            np.asarray(image),
+            instances.bboxes,
+            instances.labels,
+            instances.scores,
+            self.classes,
+            instances.masks if "masks" in instances else None,
+        )
+
+    def draw_truth(self, image: Image.Image, index: int) -> Image.Image:
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        boxes, labels, masks = read_instances(data.val_annotations, index, self.masks)
+        return draw_boxes(np.asarray(image), boxes, labels, None, self.classes, masks)

@@ -1,0 +1,46 @@
+# TransNeXt-Tiny under Mask R-CNN on COCO, 1x (12 epochs), for mmdet's own runner.
+#
+# Command:     COCO_ROOT=/path/to/coco python train.py recipes/mm/mask_rcnn_1x_transnext_tiny.py \
+#                --cfg-options model.backbone.checkpoint=/path/to/transnext_tiny.pth
+#              where train.py is tools/train.py of mmdet's repository, or mmdet/.mim/tools/train.py of the installed
+#              package; dist_train.sh beside it runs several GPUs.
+# Settings:    those of recipes/coco/mask_rcnn_1x_transnext_tiny.yaml,
+#              which tells hardware, time, what to expect, and what differs from the published way.
+
+# ruff: noqa: C408
+
+_base_ = ["mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py"]
+custom_imports = dict(imports=["effbackbones.mm"], allow_failed_imports=False)
+
+model = dict(
+    backbone=dict(
+        _delete_=True,
+        type="EffBackbone",
+        model="transnext_tiny",
+        out_indices=(0, 1, 2, 3),
+        checkpoint=None,
+        drop_path_rate=0.4,
+        bias_mode="interpolate",
+        img_size=800,
+    ),
+    neck=dict(in_channels=[72, 144, 288, 576]),
+)
+
+data_root = "{{$COCO_ROOT:datasets/coco}}"
+train_dataloader = dict(batch_size=2, dataset=dict(data_root=data_root))
+val_dataloader = dict(dataset=dict(data_root=data_root))
+test_dataloader = val_dataloader
+val_evaluator = dict(ann_file=data_root + "/annotations/instances_val2017.json")
+test_evaluator = val_evaluator
+
+optim_wrapper = dict(
+    _delete_=True,
+    type="OptimWrapper",
+    constructor="EffOptimWrapperConstructor",
+    optimizer=dict(type="AdamW", lr=0.0001, betas=(0.9, 0.999), weight_decay=0.05),
+    paramwise_cfg=dict(no_decay=["query_embedding", "relative_pos_bias_local", "cpb", "temperature", "norm"]),
+)
+param_scheduler = [
+    dict(type="LinearLR", start_factor=0.001, by_epoch=False, begin=0, end=500),
+    dict(type="MultiStepLR", begin=0, end=12, by_epoch=True, milestones=[8, 11], gamma=0.1),
+]

@@ -1,0 +1,44 @@
+# S2AFormer-mini under Semantic FPN on ADE20K, 80k steps, for mmseg's own runner.
+#
+# Command:     ADE20K_ROOT=/path/to/ADEChallengeData2016 python train.py recipes/mm/semantic_fpn_s2aformer_mini.py \
+#                --cfg-options model.backbone.checkpoint=/path/to/s2aformer_mini.pth
+#              where train.py is tools/train.py of mmseg's repository, or mmseg/.mim/tools/train.py of the installed
+#              package; dist_train.sh beside it runs several GPUs.
+# Settings:    those of recipes/ade20k/semantic_fpn_s2aformer_mini.yaml,
+#              which tells hardware, time, what to expect, and what differs from the published way.
+
+# ruff: noqa: C408
+
+# mmengine looks for mmseg:: under one name of the package only; this finds it under any.
+_base_ = [__import__("mmseg").__path__[0] + "/.mim/configs/sem_fpn/fpn_r50_4xb4-160k_ade20k-512x512.py"]
+custom_imports = dict(imports=["effbackbones.mm"], allow_failed_imports=False)
+
+model = dict(
+    pretrained=None,
+    backbone=dict(
+        _delete_=True,
+        type="EffBackbone",
+        model="s2aformer_mini",
+        out_indices=(0, 1, 2, 3),
+        checkpoint=None,
+        drop_path_rate=0.0,
+        norm_eval=True,
+    ),
+    neck=dict(in_channels=[32, 64, 160, 240]),
+)
+
+data_root = "{{$ADE20K_ROOT:datasets/ade20k}}"
+train_dataloader = dict(batch_size=2, dataset=dict(data_root=data_root))
+val_dataloader = dict(dataset=dict(data_root=data_root))
+test_dataloader = val_dataloader
+
+optim_wrapper = dict(
+    _delete_=True,
+    type="OptimWrapper",
+    constructor="EffOptimWrapperConstructor",
+    optimizer=dict(type="AdamW", lr=0.0001, betas=(0.9, 0.999), weight_decay=0.0001),
+)
+param_scheduler = [
+    dict(type="PolyLR", eta_min=0.0, power=0.9, by_epoch=False, begin=0, end=80000),
+]
+train_cfg = dict(max_iters=80000, val_interval=8000)

@@ -1,0 +1,45 @@
+# SG-Former-S under UPerNet on ADE20K, 160k steps, for mmseg's own runner.
+#
+# Command:     ADE20K_ROOT=/path/to/ADEChallengeData2016 python train.py recipes/mm/upernet_sgformer_s.py \
+#                --cfg-options model.backbone.checkpoint=/path/to/sgformer_s.pth
+#              where train.py is tools/train.py of mmseg's repository, or mmseg/.mim/tools/train.py of the installed
+#              package; dist_train.sh beside it runs several GPUs.
+# Settings:    those of recipes/ade20k/upernet_sgformer_s.yaml,
+#              which tells hardware, time, what to expect, and what differs from the published way.
+
+# ruff: noqa: C408
+
+# mmengine looks for mmseg:: under one name of the package only; this finds it under any.
+_base_ = [__import__("mmseg").__path__[0] + "/.mim/configs/upernet/upernet_r50_4xb4-160k_ade20k-512x512.py"]
+custom_imports = dict(imports=["effbackbones.mm"], allow_failed_imports=False)
+
+model = dict(
+    pretrained=None,
+    backbone=dict(
+        _delete_=True,
+        type="EffBackbone",
+        model="sgformer_s",
+        out_indices=(0, 1, 2, 3),
+        checkpoint=None,
+        drop_path_rate=0.1,
+    ),
+    decode_head=dict(in_channels=[64, 128, 256, 512]),
+    auxiliary_head=dict(in_channels=256),
+)
+
+data_root = "{{$ADE20K_ROOT:datasets/ade20k}}"
+train_dataloader = dict(batch_size=2, dataset=dict(data_root=data_root))
+val_dataloader = dict(dataset=dict(data_root=data_root))
+test_dataloader = val_dataloader
+
+optim_wrapper = dict(
+    _delete_=True,
+    type="OptimWrapper",
+    constructor="EffOptimWrapperConstructor",
+    optimizer=dict(type="AdamW", lr=6e-05, betas=(0.9, 0.999), weight_decay=0.01),
+    paramwise_cfg=dict(no_decay=["norm", ".bn.", ".bias", "pos_embed"]),
+)
+param_scheduler = [
+    dict(type="LinearLR", start_factor=1e-06, by_epoch=False, begin=0, end=1500),
+    dict(type="PolyLR", eta_min=0.0, power=1.0, by_epoch=False, begin=1500, end=160000),
+]

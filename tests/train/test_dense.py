@@ -1,0 +1,191 @@
+"""Detection and segmentation under Lightning: training, resuming, averaging, evaluating, predicting, exporting."""
+
+import copy
+import json
+import math
+
+import pytest
+import timm
+
+pytest.importorskip("mmcv", reason="needs the mm extra")
+
+import torch
+from lightning.pytorch import seed_everything
+from PIL import Image
+from small_runs import BreakOff, BrokenOffError, checkpoint, differences, outcome, train
+from small_scenes import ROOTS, dense_recipe, scenes
+
+from effbackbones.checkpoint import CheckpointError, load_weights
+from effbackbones.cli import main
+from effbackbones.predict_dense import open_run, sample_of
+from effbackbones.train.callbacks.finite import NonFiniteError
+from effbackbones.train.logger import read_metrics
+from effbackbones.train.run import build_task, evaluate
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+
+TASKS = ("detection", "segmentation")
+METRICS = {"detection": ("box_ap", "box_ap50", "mask_ap"), "segmentation": ("miou", "macc", "aacc")}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Return a finished run of each task, with the average of the weights."""
+    folder = tmp_path_factory.mktemp("runs")
+    return {task: train(dense_recipe(task, folder / task, ["ema.decay=0.5"]), pictures=True) for task in TASKS}
+
+
+def image_of(task):
+    return sorted((scenes() / "coco" / "val2017").iterdir())[0]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_run_leaves_metrics_checkpoints_and_pictures(runs, task):
+    rows = read_metrics(runs[task] / "metrics.csv")
+    assert rows[-1]["step"] == 6
+    assert all(0 <= rows[-1][f"val/{name}{suffix}"] <= 1 for name in METRICS[task] for suffix in ("", "_ema"))
+    assert all(math.isfinite(row["train/loss"]) for row in rows if "train/loss" in row)
+    assert Image.open(runs[task] / "predictions.png").width > 300
+    assert Image.open(runs[task] / "curves.png").width > 300
+    assert len(checkpoint(runs[task])["classes"]) == {"detection": 10, "segmentation": 16}[task]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_run_broken_off_and_resumed_equals_the_whole_one(tmp_path, runs, task):
+    folder = tmp_path / "run"
+    overrides = ["ema.decay=0.5", "trainer.save_every=1"]
+    with pytest.raises(BrokenOffError):
+        train(dense_recipe(task, folder, overrides), BreakOff("on_train_batch_start", 2))
+    train(dense_recipe(task, folder, overrides))
+    assert differences(outcome(runs[task]), outcome(folder)) == []
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_loss_that_is_not_finite_does_not_reach_the_weights(tmp_path, task):
+    with pytest.raises(NonFiniteError, match=r"step \d+: the loss is"):
+        train(dense_recipe(task, tmp_path / "run", ["optim.lr=1e18", "trainer.steps=5"]))
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_bf16_trains_with_finite_losses(tmp_path, task):
+    folder = train(dense_recipe(task, tmp_path / "run", ["trainer.precision=bf16", "trainer.steps=2"]))
+    assert all(math.isfinite(row["train/loss"]) for row in read_metrics(folder / "metrics.csv") if "train/loss" in row)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_layer_decay_and_factor_of_the_backbone_set_the_rates(tmp_path, task):
+    overrides = ["optim.layer_decay=0.5", "optim.backbone_lr=0.1", "trainer.steps=1", "schedule.name=constant"]
+    train(dense_recipe(task, tmp_path / "run", overrides))
+    groups = checkpoint(tmp_path / "run")["optimizer_states"][0]["param_groups"]
+    rates = sorted({group["lr"] for group in groups})
+    assert rates[-1] == pytest.approx(1e-3)
+    assert max(rate for rate in rates if rate < 9e-4) <= 1e-4
+    assert rates[0] < 1e-5
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_frozen_stages_keep_their_weights(tmp_path, task):
+    loaded = dense_recipe(task, tmp_path / "run", ["model.frozen_stages=2", "trainer.steps=2", "ema.decay=0.5"])
+    seed_everything(0)  # as the run does
+    before = copy.deepcopy(build_task(loaded)[0].model.state_dict())
+    train(loaded)
+    after = {k.removeprefix("model."): v for k, v in checkpoint(tmp_path / "run")["state_dict"].items()}
+    changed = {name for name, value in before.items() if not torch.equal(value, after[name])}
+    assert not [name for name in changed if name.startswith(("backbone.model.stem", "backbone.model.stages.1."))]
+    assert [name for name in changed if name.startswith("backbone.model.stages.2.")]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_evaluation_gives_the_metrics_of_the_best_checkpoint(runs, task):
+    metric = METRICS[task][0]
+    best = max(row[f"val/{metric}"] for row in read_metrics(runs[task] / "metrics.csv") if f"val/{metric}" in row)
+    assert evaluate(str(runs[task]))[metric] == pytest.approx(best, abs=1e-6)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_predict_draws_every_image_of_a_folder(runs, tmp_path, capsys, task):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i in range(2):
+        Image.open(image_of(task)).save(folder / f"{i}.jpg")
+    assert main(["predict", str(folder), "--run", str(runs[task]), "--out", str(tmp_path / "seen")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["1/2", "2/2"]
+    assert sorted(path.name for path in (tmp_path / "seen").iterdir()) == ["0.jpg", "1.jpg"]
+    assert Image.open(tmp_path / "seen" / "0.jpg").width >= 128
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_exported_config_and_weights_give_identical_predictions_in_mm(runs, tmp_path, capsys, task):
+    assert main(["export", "mm", str(runs[task]), "--out", str(tmp_path)]) == 0
+    config, weights = capsys.readouterr().out.splitlines()
+    image = str(image_of(task))
+    ours = sample_of(open_run(runs[task]), image)
+    if task == "detection":
+        from mmdet.apis import inference_detector, init_detector
+
+        theirs = inference_detector(init_detector(config, weights, device="cpu"), image).pred_instances
+        assert torch.equal(theirs.bboxes, ours.pred_instances.bboxes)
+        assert torch.equal(theirs.scores, ours.pred_instances.scores)
+        assert torch.equal(torch.as_tensor(theirs.masks), torch.as_tensor(ours.pred_instances.masks))
+        assert len(theirs.bboxes)
+    else:
+        from mmseg.apis import inference_model, init_model
+
+        theirs = inference_model(init_model(config, weights, device="cpu"), image)
+        assert torch.equal(theirs.seg_logits.data, ours.seg_logits.data)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_run_of_a_dense_task_gives_its_backbone_to_timm(runs, tmp_path, task):
+    recipe = dense_recipe(task, tmp_path / "run").recipe
+    model = timm.create_model(recipe.model.name, dense=True, **recipe.model.args)
+    load_weights(model, runs[task])
+    trained = open_run(runs[task]).model.backbone.model.state_dict()
+    assert all(torch.equal(value, trained[name]) for name, value in model.state_dict().items() if name in trained)
+
+
+def test_weights_of_a_whole_detector_start_one_with_other_classes(runs, tmp_path):
+    root = tmp_path / "coco"
+    for split in ("train", "val"):
+        source = scenes() / "coco"
+        (root / "annotations").mkdir(parents=True, exist_ok=True)
+        (root / f"{split}2017").symlink_to(source / f"{split}2017")
+        content = json.loads((source / "annotations" / f"instances_{split}2017.json").read_text())
+        content["categories"] = content["categories"][:4]
+        content["annotations"] = [a for a in content["annotations"] if a["category_id"] <= 4]
+        (root / "annotations" / f"instances_{split}2017.json").write_text(json.dumps(content))
+    loaded = dense_recipe("detection", tmp_path / "run", [f"data.root={root}"])
+    module, _ = build_task(loaded)
+    module.load_weights(runs["detection"])
+    trained = open_run(runs["detection"]).model.state_dict()
+    own = module.model.state_dict()
+    other = {name for name, value in own.items() if value.shape != trained[name].shape}
+    assert other == {
+        f"roi_head.{layer}.{kind}"
+        for layer in ("bbox_head.fc_cls", "bbox_head.fc_reg", "mask_head.conv_logits")
+        for kind in ("weight", "bias")
+    }
+    assert all(torch.equal(own[name], trained[name]) for name in own.keys() - other)
+
+
+def test_checkpoint_of_another_head_is_refused_for_evaluation(runs, tmp_path):
+    loaded = dense_recipe("segmentation", tmp_path / "run")
+    module, _ = build_task(loaded)
+    with pytest.raises(CheckpointError, match=r"not a checkpoint of this model: \d+ names differ"):
+        module.load_weights(runs["detection"], same_classes=True)
+
+
+def test_checkpoint_of_another_head_gives_its_backbone(runs, tmp_path):
+    module, _ = build_task(dense_recipe("segmentation", tmp_path / "run"))
+    module.load_weights(runs["detection"])
+    trained = open_run(runs["detection"]).model.backbone.state_dict()
+    assert all(torch.equal(value, trained[name]) for name, value in module.model.backbone.state_dict().items())
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_unknown_head_is_an_error_of_the_command(tmp_path, capsys, task):
+    path = dense_recipe(task, tmp_path / "run").path
+    root = f"data.root={scenes() / ROOTS[task]}"
+    assert main(["train", str(path), root, "model.head=mmdet::mask_rcnn/mask-rcnn_r5_fpn_1x_coco.py"]) == 2
+    assert "mmdet has no such config; nearest: mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py" in capsys.readouterr().err

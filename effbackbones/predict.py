@@ -20,7 +20,6 @@ from effbackbones.data.transforms import eval_transform
 from effbackbones.train.classification import build_model
 from effbackbones.train.run import load_target
 
-
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 
 

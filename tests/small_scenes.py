@@ -65,17 +65,17 @@ ROOTS = {"detection": "coco", "segmentation": "ade20k"}
 @functools.cache
 def _folder() -> tempfile.TemporaryDirectory:
     folder = tempfile.TemporaryDirectory(prefix="scenes")  # removed when the tests end
-    make_scenes(Path(folder.name) / "scenes", train=6, val=3, size=(96, 128))
+    make_scenes(Path(folder.name) / "scenes", train=8, val=3, size=(96, 128))
     return folder
 
 
 def scenes() -> Path:
-    """Return a folder of 6 training and 3 evaluation scenes of 96 by 128 pixels: coco/ and ade20k/."""
+    """Return a folder of 8 training and 3 evaluation scenes of 96 by 128 pixels: coco/ and ade20k/."""
     return Path(_folder().name) / "scenes"
 
 
 def dense_recipe(task: str, folder: Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
-    """Return a recipe of two epochs of 3 steps, with the run folder `folder`."""
+    """Return a recipe of two epochs of 4 steps, with the run folder `folder`."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     path = folder.parent / f"{task}.yaml"
     path.write_text(RECIPES[task])

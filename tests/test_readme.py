@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import functools
 import io
 import os
 import re
@@ -9,6 +10,8 @@ import runpy
 import shlex
 import subprocess
 import textwrap
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +21,18 @@ import timm
 import torch
 from parity.parity import load_fixture, make_input
 from project import PYPROJECT, ROOT
-from tiny_checkout import make_checkout, official_weights, train_quickstart
+from tiny_checkout import make_checkout, make_scenes_runs, official_weights, train_quickstart
 
 from effbackbones.cli import COMMANDS, _parser, main
 from effbackbones.config import load_recipe
+from effbackbones.data import scenes as data_scenes
 from effbackbones.layers.attention import _NAMES
 from effbackbones.models._zoo import ZOO
 from effbackbones.train.run import load_target
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning")
 
+HAS_MM = find_spec("mmcv") is not None
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 CODE = re.findall(r"`([^`\n]+)`", BLOCK.sub("", README))
@@ -36,7 +41,7 @@ PLACEHOLDER = re.compile(r"\b[A-Z]{2,}\b|…")  # as in `effb eval RUN`
 
 EFFB = dict.fromkeys(line for line in BASH + CODE if line.startswith("effb ") and not PLACEHOLDER.search(line))
 RUNNABLE = [line for line in EFFB if "/data/" not in line]
-TRAINING = [line.partition("tools/")[2] or line for line in BASH if "/data/" in line]
+TRAINING = [line.partition("tools/")[2] or line for line in BASH if "data.root=/data/" in line]
 
 
 @pytest.fixture(scope="module")
@@ -44,12 +49,15 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder like a checkout, in which quickstart has been trained."""
     folder = make_checkout(tmp_path_factory.mktemp("checkout"))
     train_quickstart(folder)
+    if HAS_MM:
+        make_scenes_runs(folder)
     return folder
 
 
 def test_blocks_are_bash_or_python() -> None:
     assert {kind for kind, _ in BLOCK.findall(README)} == {"bash", "python"}
-    known = re.compile(r"(effb ({})( |$)|make \w+$|torchrun .* tools/\w+\.py )".format("|".join(COMMANDS)))
+    programs = r"effb ({})( |$)|make [\w-]+$|torchrun .* tools/\w+\.py |bash tools/\w+\.sh$|pip install "
+    known = re.compile(programs.format("|".join(COMMANDS)))
     assert [line for line in BASH if not known.match(line)] == []
     assert len(RUNNABLE) >= 6
     assert len(TRAINING) >= 2
@@ -63,6 +71,12 @@ def test_effb_command_runs(
     line: str, checkout: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(checkout)
+    if "scenes" in line and not HAS_MM:
+        pytest.skip("needs the mm extra")
+    if line.startswith("effb data scenes"):
+        Path("datasets/scenes").unlink()
+        few = functools.partial(data_scenes.make_scenes, train=2, val=1)
+        monkeypatch.setattr(data_scenes, "make_scenes", lambda out, **options: few(out, size=options["size"]))
     assert main(shlex.split(line)[1:]) == 0
     out, err = capsys.readouterr()
     assert out
@@ -70,14 +84,15 @@ def test_effb_command_runs(
 
 
 @pytest.mark.parametrize("line", TRAINING)
-def test_imagenet_command_has_a_valid_recipe(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_published_recipe_loads_with_the_root_of_the_command(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     script, *words = shlex.split(line)
     if script != "effb":
         assert (ROOT / "tools" / script).is_file()
         words = [Path(script).stem, *words]
     args = _parser().parse_args(words)
-    assert load_target(args.recipe, args.overrides).recipe.data.root == "/data/imagenet"
+    (root,) = re.findall(r"data.root=(\S+)", line)
+    assert load_target(args.recipe, args.overrides).recipe.data.root == root
 
 
 @pytest.mark.parametrize("line", dict.fromkeys(line for line in BASH + CODE if line.startswith("make ")))
@@ -155,6 +170,16 @@ def test_python_official_checkpoint_gives_the_official_numbers(executed: Execute
     with torch.no_grad():
         logits = executed[0][1]["model"].eval()(make_input(meta["input_shape"], meta["input_seed"]).float()).numpy()
     np.testing.assert_allclose(logits, expected["logits"], atol=1e-4 * abs(expected["logits"]).max())
+
+
+def test_python_mm_config_builds_the_backbone(executed: Executed) -> None:
+    pytest.importorskip("mmcv", reason="needs the mm extra")
+    from mmengine.registry import MODELS
+
+    names = executed[0][3]
+    for module in names["custom_imports"]["imports"]:
+        import_module(module)
+    assert MODELS.build(names["backbone"]).frozen_stages == 1
 
 
 def test_python_pyramid_has_256_channels_at_every_stride(executed: Executed) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from parity.parity import reference_state_dict
 from project import ROOT
+from small_scenes import RECIPES, ROOTS, scenes
 
 from effbackbones.cli import main
 
@@ -30,6 +31,19 @@ trainer:
   limit_train: 2
   limit_val: 3
 """
+
+
+def make_scenes_runs(folder: Path) -> None:
+    """Make a few scenes in `folder`/datasets/scenes, and train cut-down recipes of them there."""
+    (folder / "datasets").mkdir()
+    (folder / "datasets" / "scenes").symlink_to(scenes())
+    (folder / "recipes" / "scenes").mkdir()
+    for name, task in (("mask_rcnn", "detection"), ("semantic_fpn", "segmentation")):
+        recipe = folder / "recipes" / "scenes" / f"{name}.yaml"
+        recipe.write_text(RECIPES[task].replace("data:\n", f"data:\n  root: datasets/scenes/{ROOTS[task]}\n"))
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
+        patch.chdir(folder)
+        assert main(["train", "scenes/mask_rcnn"]) == 0
 
 
 def make_checkout(folder: Path) -> Path:

@@ -7,9 +7,11 @@ ours, the rest stays as it is. Nothing is ever downloaded.
 import copy
 import difflib
 import logging
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,6 +24,7 @@ from mmengine.registry import DefaultScope
 from torch import Tensor, nn
 
 from effbackbones.config import Recipe, RecipeError
+from effbackbones.config.schema import DataConfig
 from effbackbones.mm.backbone import EffBackbone
 
 log = logging.getLogger(__name__)
@@ -29,7 +32,6 @@ log = logging.getLogger(__name__)
 PACKAGES = ("mmdet", "mmseg")
 
 _OLD_SIZE = 128  # pixels a side at which the maps of a config's own backbone are looked at
-_CHECKED_SIZE = 256  # DETR-like detectors choose up to 900 queries among the cells of the maps
 
 # What of a model takes no maps: all else may be a head.
 _NO_HEADS = ("type", "backbone", "neck", "data_preprocessor", "train_cfg", "test_cfg")
@@ -86,14 +88,16 @@ def _packaged(name: str, package: str, file: str) -> Path:
     return folder / file
 
 
-def build_model(recipe: Recipe, classes: Sequence[str]) -> nn.Module:
+def build_model(recipe: Recipe, classes: Sequence[str], sync_bn: bool = False) -> nn.Module:
     """Return the detector or segmentor of a recipe with fresh weights, tried on one blank image.
+
+    The arguments are those of :func:`build_model_cfg`.
 
     Raises:
         HeadError: The config cannot be read or cannot take the backbone's maps.
     """
     scope = load_head(str(recipe.model.head)).default_scope
-    model_cfg = build_model_cfg(recipe, classes)
+    model_cfg = build_model_cfg(recipe, classes, sync_bn)
     try:
         model = build_from_cfg(model_cfg, scope)
         check_head(model, model_cfg, scope)
@@ -126,11 +130,13 @@ def build_model_cfg(recipe: Recipe, classes: Sequence[str], sync_bn: bool = Fals
     }
     try:
         model = swap_backbone(config.model, backbone_cfg, config.default_scope)
-        _set_classes(model, len(classes))
-        _set_normalisation(model, recipe.data.mean, recipe.data.std)
-        if not sync_bn and _use_plain_batch_norms(model):
-            log.info("%s: its synchronised batch norms are plain ones here", cfg.head)
+        old_classes = _count_classes(model)
         _merge(model, cfg.head_overrides, "model.head_overrides")
+        _refuse_downloads(model)
+        _set_classes(model, old_classes, len(classes))
+        _set_preprocessing(model, recipe.data)
+        if not sync_bn and _use_plain_batch_norms(model):
+            log.warning("%s: its synchronised batch norms are plain ones, as they synchronise on CUDA only", cfg.head)
     except HeadError as error:
         raise HeadError(f"{cfg.head}: {error}") from error
     return model
@@ -139,9 +145,10 @@ def build_model_cfg(recipe: Recipe, classes: Sequence[str], sync_bn: bool = Fals
 def swap_backbone(model_cfg: Mapping[str, Any], backbone_cfg: Mapping[str, Any], scope: str) -> ConfigDict:
     """Return a model's config with an EffBackbone in place of its backbone, at whatever depth that sits.
 
-    The old backbone is built and run once: of our stages those are taken that have the strides of its maps, or all four
-    where it has four maps that a dilation keeps from getting smaller. The neck, or the heads where there is none, get
-    the channels of our maps where they have those of the old ones.
+    The old backbone is built and run once: our stages stand in for its maps of the same strides, or all four for four
+    maps that a dilation keeps from getting smaller. The neck, or the heads where there is none, get the channels of our
+    maps for those of the old ones. Stages whose maps nothing takes are left out, and the rest counted anew (`in_index`,
+    `start_level`).
 
     Args:
         model_cfg: Of mmdet or mmseg, left as it is.
@@ -152,30 +159,38 @@ def swap_backbone(model_cfg: Mapping[str, Any], backbone_cfg: Mapping[str, Any],
         HeadError: The maps or channels have no counterpart; the message names the field.
     """
     model = ConfigDict(copy.deepcopy(dict(model_cfg)))
-    for node in list(_nodes(model)):
+    for _, node in list(_nodes(model)):
         _forget_weights(node)
-    hosts = [node for node in _nodes(model) if isinstance(node.get("backbone"), Mapping)]
+    hosts = [node for _, node in _nodes(model) if isinstance(node.get("backbone"), Mapping)]
     if not hosts:
         raise HeadError("backbone: the model has none to replace")
     for host in hosts:
-        old_maps = _old_maps(host.backbone, scope)
-        stages = _stages([stride for _, stride in old_maps])
-        host.backbone = ConfigDict(type=EffBackbone.__name__, out_indices=stages, **backbone_cfg)
+        old = _old_maps(host.backbone, scope)
+        stages = _stages([stride for _, stride in old])
+        takers = _takers(host, [width for width, _ in old])
+        # A map that nothing takes would have an output norm without gradient, which DDP does not bear.
+        kept = sorted({position for taker in takers for position in taker.positions})
+        if any(taker.cfg.get("c1_in_channels") for taker in takers):  # DeepLabV3+ takes the first map besides
+            kept = sorted({0, *kept})
+        host.backbone = ConfigDict(
+            type=EffBackbone.__name__, out_indices=tuple(stages[i] for i in kept), **backbone_cfg
+        )
         with torch.device("meta"):
-            new_maps = _build(host.backbone, scope, "backbone").feature_info
-        widths = _Widths([width for width, _ in old_maps], [info["num_chs"] for info in new_maps])
-        _fit_heads(host, widths)
+            widths = [info["num_chs"] for info in _build(host.backbone, scope, "backbone").feature_info]
+        for taker in takers:
+            taker.rewire(kept, widths)
     return model
 
 
-def _nodes(cfg: Any) -> Iterator[ConfigDict]:
-    """Yield `cfg` and every mapping in it."""
+def _nodes(cfg: Any, field: str = "") -> Iterator[tuple[str, ConfigDict]]:
+    """Yield every mapping in `cfg`, itself first, with its dotted place."""
     if isinstance(cfg, ConfigDict):
-        yield cfg
-        cfg = list(cfg.values())
-    if isinstance(cfg, (list, tuple)):
-        for value in cfg:
-            yield from _nodes(value)
+        yield field, cfg
+        entries: Any = list(cfg.items())
+    else:
+        entries = list(enumerate(cfg)) if isinstance(cfg, (list, tuple)) else []
+    for key, value in entries:
+        yield from _nodes(value, f"{field}.{key}" if field else str(key))
 
 
 def _forget_weights(node: ConfigDict) -> None:
@@ -215,124 +230,153 @@ def _stages(strides: Sequence[int]) -> tuple[int, ...]:
     )
 
 
-class _Widths:
-    """Channels of the old maps and of ours, map by map."""
+@dataclass
+class _Taker:
+    """A neck or head that takes maps of the backbone.
 
-    def __init__(self, old: list[int], new: list[int]):
-        self.old = old
-        self.new = new
+    Attributes:
+        cfg: Its config.
+        positions: Which maps it takes, in the order of its `in_channels`.
+    """
 
-    def replace(self, value: Any, index: Any = None) -> Any:
-        """Return `in_channels` of our maps for those of the old ones, or None where they have none of them.
+    cfg: ConfigDict
+    positions: list[int]
 
-        Args:
-            value: Channels: an int or a list.
-            index: `in_index` of the head: which maps it takes, where it says so.
-        """
-        widths = list(value) if isinstance(value, (list, tuple)) else [value]
-        positions: list[int]
-        if index is not None:
-            positions = list(index) if isinstance(index, (list, tuple)) else [index]
-        elif widths == self.old:
-            positions = list(range(len(widths)))
-        elif len(set(self.old)) == len(self.old) and set(widths) <= set(self.old):
-            positions = [self.old.index(width) for width in widths]
-        else:
-            positions = [-1]
-        try:
-            if [self.old[i] for i in positions] != widths:
-                return None
-        except IndexError:
-            return None
-        new = [self.new[i] for i in positions]
-        return new if isinstance(value, (list, tuple)) else new[0]
+    def rewire(self, kept: Sequence[int], widths: Sequence[int]) -> None:
+        """Have it take the same maps where only those at the old positions `kept` are left, of these widths."""
+        new = [kept.index(position) for position in self.positions]
+        channels = [widths[i] for i in new]
+        several = isinstance(self.cfg.in_channels, (list, tuple))
+        self.cfg.in_channels = channels if several else channels[0]
+        if self.cfg.get("in_index") is not None:
+            self.cfg.in_index = new if isinstance(self.cfg.in_index, (list, tuple)) else new[0]
+        if self.cfg.get("c1_in_channels"):
+            self.cfg.c1_in_channels = widths[0]
 
 
-def _fit_heads(host: ConfigDict, widths: _Widths) -> None:
-    """Make what takes the backbone's maps, in the mapping `host` that holds it, for ours."""
-    neck = host.get("neck")
-    if neck:
-        first = neck[0] if isinstance(neck, (list, tuple)) else neck
-        field = "neck.0" if first is not neck else "neck"
-        if "in_channels" not in first:
-            raise HeadError(f"{field}: {first.get('type')} has no in_channels to set")
-        _fit(first, field, widths, required=True)
-        return
-    for key, value in host.items():
-        if key not in _NO_HEADS:
-            _fit(value, key, widths, required=True)
-
-
-def _fit(cfg: Any, field: str, widths: _Widths, required: bool) -> None:
-    """Set the channels that a head takes, and those of heads within it that tell which maps they take.
+def _takers(host: ConfigDict, old: list[int]) -> list[_Taker]:
+    """Return what takes the maps of the backbone in the mapping `host` that holds it: its neck, or else its heads.
 
     Args:
-        cfg: The head, a list of heads, or something else, which is left alone.
-        field: Its place in the model.
-        widths: Channels of the maps.
-        required: It is the model's own part: it takes maps if it has `in_channels`.
+        host: A detector or segmentor, or what stands for one in a larger model.
+        old: Channels of the old maps.
 
     Raises:
-        HeadError: `in_channels` is none of the old maps'.
+        HeadError: Which maps cannot be told; the message names the field.
+    """
+    neck = host.get("neck")
+    if not neck:
+        heads = {key: value for key, value in host.items() if key not in _NO_HEADS}
+        return [taker for key, value in heads.items() for taker in _takers_in(value, key, old, required=True)]
+    first, field = (neck[0], "neck.0") if isinstance(neck, (list, tuple)) else (neck, "neck")
+    if "in_channels" not in first:
+        raise HeadError(f"{field}: {first.get('type')} has no in_channels to set")
+    taker = _Taker(first, _positions(first, field, old))
+    if len(taker.positions) > 1:  # of an FPN: it never looks at the maps before start_level and after end_level
+        start, end = first.get("start_level", 0), first.get("end_level", -1)
+        taker.positions = taker.positions[start : len(old) if end == -1 else end + 1]
+        first.update({key: value for key, value in (("start_level", 0), ("end_level", -1)) if key in first})
+    return [taker]
+
+
+def _takers_in(cfg: Any, field: str, old: list[int], required: bool) -> Iterator[_Taker]:
+    """Yield what takes maps in a head, or in a list of them.
+
+    With `required` it is a part of the model itself: if it has `in_channels`, they are those of maps. Within such a
+    part a single number may be the width of anything, unless `in_index` stands beside it.
     """
     if isinstance(cfg, (list, tuple)):
         for i, value in enumerate(cfg):
-            _fit(value, f"{field}.{i}", widths, required)
+            yield from _takers_in(value, f"{field}.{i}", old, required)
     if not isinstance(cfg, ConfigDict):
         return
-    index = cfg.get("in_index")
-    # Within a head, a number alone may be the width of anything.
-    if "in_channels" in cfg and (required or index is not None or isinstance(cfg.in_channels, (list, tuple))):
-        new = widths.replace(cfg.in_channels, index)
-        if new is not None:
-            cfg.in_channels = new
-        elif required or index is not None:
-            maps = f" of the maps {index}" if index is not None else ""
-            raise HeadError(
-                f"{field}.in_channels: {cfg.in_channels}{maps} are not the channels that the config's own backbone "
-                f"gives, {widths.old}: which of our maps to take cannot be told"
-            )
-    if "c1_in_channels" in cfg and cfg.c1_in_channels:  # DeepLabV3+ takes the first map besides
-        cfg.c1_in_channels = widths.new[0]
+    if "in_channels" in cfg:
+        channels = cfg.in_channels
+        if (
+            required
+            or cfg.get("in_index") is not None
+            or (isinstance(channels, (list, tuple)) and list(channels) == old)
+        ):
+            yield _Taker(cfg, _positions(cfg, field, old))
     for key, value in cfg.items():
-        _fit(value, f"{field}.{key}", widths, required=False)
+        yield from _takers_in(value, f"{field}.{key}", old, required=False)
 
 
-def _set_classes(model: ConfigDict, classes: int) -> None:
-    """Set the number of classes wherever the old one is."""
-    nodes = list(_nodes(model))
-    counts = Counter(node.num_classes for node in nodes if node.get("num_classes", 1) != 1)
-    with_things = [node for node in nodes if "num_things_classes" in node]
-    things = sum((with_things[0].num_things_classes, with_things[0].num_stuff_classes)) if with_things else None
-    old = counts.most_common(1)[0][0] if counts else things
-    if old is None:
+def _positions(cfg: ConfigDict, field: str, old: list[int]) -> list[int]:
+    """Return which of the old maps a neck or head takes."""
+    channels, index = cfg.in_channels, cfg.get("in_index")
+    widths = list(channels) if isinstance(channels, (list, tuple)) else [channels]
+    if index is not None:
+        positions = list(index) if isinstance(index, (list, tuple)) else [index]
+    elif len(widths) == len(old) > 1:
+        # Some necks list the channels from the last map to the first.
+        positions = list(range(len(old))) if widths == old else list(range(len(old)))[::-1]
+    else:
+        positions = [-1]
+    if all(-len(old) <= i < len(old) for i in positions):
+        positions = [i % len(old) for i in positions]
+        if [old[i] for i in positions] == widths:
+            return positions
+    maps = f" of the maps {index}" if index is not None else ""
+    raise HeadError(
+        f"{field}.in_channels: {channels}{maps} are not channels that the config's own backbone gives, {old}: "
+        "which of our maps to take cannot be told"
+    )
+
+
+def _count_classes(model: ConfigDict) -> tuple[int, int]:
+    """Return the number of classes of a model's heads, and that of its panoptic heads, things and stuff.
+
+    Raises:
+        HeadError: The model has no such head.
+    """
+    # That of a region proposal network is one, whatever the classes.
+    nodes = [node for field, node in _nodes(model) if "rpn_head" not in field.split(".")]
+    counts = Counter(node.num_classes for node in nodes if "num_classes" in node)
+    panoptic = [node.num_things_classes + node.num_stuff_classes for node in nodes if "num_things_classes" in node]
+    if not counts and not panoptic:
         raise HeadError("num_classes: no head has it: the number of classes cannot be set")
-    for node in nodes:
-        if node.get("num_classes") == old:
+    single = counts.most_common(1)[0][0] if counts else panoptic[0]
+    return single, panoptic[0] if panoptic else single
+
+
+def _set_classes(model: ConfigDict, old: tuple[int, int], classes: int) -> None:
+    """Set the number of classes wherever the old one is.
+
+    Args:
+        model: The config to change.
+        old: What :func:`_count_classes` gave.
+        classes: The new number.
+    """
+    for field, node in _nodes(model):
+        if node.get("num_classes") == old[0] and "rpn_head" not in field.split("."):
             node.num_classes = classes
-            if node.get("out_channels") == old:
+            if node.get("out_channels") == old[0]:
                 node.out_channels = classes
+        if "num_things_classes" in node:
+            node.update(num_things_classes=classes, num_stuff_classes=0)
         weights = node.get("class_weight")
-        if isinstance(weights, (list, tuple)) and len(weights) - 1 in (old, things) and len(set(weights[:-1])) == 1:
+        if isinstance(weights, (list, tuple)) and len(weights) - 1 in old and len(set(weights[:-1])) == 1:
             node.class_weight = [weights[0]] * classes + [weights[-1]]  # the last is that of no object
-        elif isinstance(weights, (list, tuple)) and len(weights) in (old, things) and classes != len(weights):
-            del node.class_weight
-    for node in with_things:
-        node.update(num_things_classes=classes, num_stuff_classes=0)
+        elif isinstance(weights, (list, tuple)) and len(weights) in old and classes != len(weights):
+            del node.class_weight  # of other classes
 
 
-def _set_normalisation(model: ConfigDict, mean: Sequence[float], std: Sequence[float]) -> None:
-    """Have the images, which mm reads as BGR from 0 to 255, made RGB of this mean and deviation (0 to 1 scale)."""
-    for node in _nodes(model):
+def _set_preprocessing(model: ConfigDict, data: DataConfig) -> None:
+    """Have the images, which mm reads as BGR from 0 to 255, made normalised RGB, and crops padded to their own size."""
+    for _, node in _nodes(model):
         preprocessor = node.get("data_preprocessor")
-        if isinstance(preprocessor, ConfigDict) and "data_preprocessor" not in preprocessor:
+        if isinstance(preprocessor, dict) and "data_preprocessor" not in preprocessor:
             preprocessor.pop("rgb_to_bgr", None)
-            preprocessor.update(mean=[255 * m for m in mean], std=[255 * s for s in std], bgr_to_rgb=True)
+            mean, std = ([255 * value for value in values] for values in (data.mean, data.std))
+            preprocessor.update(mean=mean, std=std, bgr_to_rgb=True)
+            if preprocessor.get("size"):  # of mmseg
+                preprocessor.update(size=(data.size, data.size))
 
 
 def _use_plain_batch_norms(model: ConfigDict) -> bool:
     """Replace synchronised batch norms; return whether there were any."""
-    synchronised = [node for node in _nodes(model) if node.get("type") == "SyncBN"]
+    synchronised = [node for _, node in _nodes(model) if node.get("type") == "SyncBN"]
     for node in synchronised:
         node.type = "BN"
     return bool(synchronised)
@@ -352,12 +396,21 @@ def _merge(cfg: ConfigDict, overrides: Mapping[str, Any], field: str) -> None:
             cfg[key] = ConfigDict({name: copy.deepcopy(part) for name, part in value.items() if name != "_delete_"})
         else:
             targets = old if isinstance(old, (list, tuple)) else [old]
-            if not all(isinstance(target, ConfigDict) for target in targets):
+            if not targets or not all(isinstance(target, ConfigDict) for target in targets):
                 raise HeadError(
                     f"{field}.{key}: a mapping cannot be merged into {old!r}; add `_delete_: true` to replace that"
                 )
             for target in targets:
                 _merge(target, value, f"{field}.{key}")
+
+
+def _refuse_downloads(model: ConfigDict) -> None:
+    """Raise an error where the model would fetch something, such as the weights of a teacher."""
+    for field, node in _nodes(model):
+        for key, value in node.items():
+            if isinstance(value, str) and "://" in value:
+                place = f"{field}.{key}" if field else key
+                raise HeadError(f"{place}: {value} would be downloaded: set a file in model.head_overrides")
 
 
 def build_from_cfg(model_cfg: ConfigDict, scope: str) -> nn.Module:
@@ -405,7 +458,9 @@ def check_head(model: Any, model_cfg: ConfigDict, scope: str) -> None:
         module.register_forward_pre_hook(lambda *_, name=name: entered.append(name))
         for name, module in model.named_modules()
     ]
-    training, size = model.training, (_CHECKED_SIZE, _CHECKED_SIZE)
+    # DETR-like detectors choose their queries among the cells of the maps, of which most have stride 8.
+    queries = max(node.get("num_queries", 0) for _, node in _nodes(model_cfg))
+    training, size = model.training, (64 * max(1, math.ceil(math.sqrt(queries) / 8)),) * 2
     kind = "DetDataSample" if scope == "mmdet" else "SegDataSample"
     meta = {"ori_shape": size, "img_shape": size, "pad_shape": size, "batch_input_shape": size, "scale_factor": (1, 1)}
     sample = getattr(import_module(f"{scope}.structures"), kind)(metainfo=meta)

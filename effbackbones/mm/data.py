@@ -108,7 +108,8 @@ def build_data(recipe: Recipe) -> DenseData:
         raise DataError(f"{root}: training and validation differ in their classes: {', '.join(differing)}")
     if data.num_classes not in (None, len(train_classes)):
         raise DataError(
-            f"data.num_classes={data.num_classes}, but {root} has {len(train_classes)} classes: correct it or leave it out"
+            f"data.num_classes={data.num_classes}, but {root} has {len(train_classes)} classes: correct it or leave it "
+            "out"
         )
     return DenseData(train, val, [*changes, pack], test, recipe)
 
@@ -129,7 +130,7 @@ def _dicts(node: Any) -> Iterator[dict[str, Any]]:
 
 
 def test_pipeline(recipe: Recipe) -> T.Compose:
-    """Return what makes an input of the model of an image alone, given as `{"img": BGR array}` or `{"img_path": path}`."""
+    """Return what makes a model's input of `{"img": BGR array, "img_path": path, "img_shape": …, "ori_shape": …}`."""
     scale = cast(tuple[int, int], tuple(recipe.data.scale))
     if recipe.task == "detection":
         return T.Compose([det.Resize(scale=scale, keep_ratio=True), det.PackDetInputs(meta_keys=_DET_META[1:])])
@@ -138,7 +139,7 @@ def test_pipeline(recipe: Recipe) -> T.Compose:
 
 
 def read_instances(dataset: CocoDataset, index: int, masks: bool) -> tuple[Any, Any, Any]:
-    """Return the annotated boxes (K, 4), labels (K,) and masks (K, H, W) of an image; None for masks that are not read."""
+    """Return the annotated boxes (K, 4), labels (K,) and masks (K, H, W) of an image; None for masks not asked for."""
     read = det.LoadAnnotations(with_bbox=True, with_mask=masks, box_type=None)
     info = dataset.get_data_info(index)
     found = read({**info, "ori_shape": (info["height"], info["width"])})

@@ -85,9 +85,9 @@ def average_precision(data: DenseData, masks: bool) -> Metric:
 
 def mean_iou(data: DenseData) -> Metric:
     """Return miou, macc (both means over classes) and aacc (over pixels)."""
-    metric = _IoUMetric(iou_metrics=["mIoU"])
+    metric = _IoUMetric(iou_metrics=["mIoU"], prefix="seg")
     metric.dataset_meta = data.val_annotations.metainfo
-    return Metric(metric, {"mIoU": "miou", "mAcc": "macc", "aAcc": "aacc"}, 100, len(data.val_dataset))
+    return Metric(metric, {"seg/mIoU": "miou", "seg/mAcc": "macc", "seg/aAcc": "aacc"}, 100, len(data.val_dataset))
 
 
 def quiet() -> None:

@@ -15,7 +15,7 @@ from effbackbones.data.folder import load_image
 from effbackbones.mm.config import build_model
 from effbackbones.mm.metrics import Metric, quiet
 from effbackbones.mm.optim import param_groups
-from effbackbones.train.module import TrainingModule
+from effbackbones.train.module import TrainingModule, has_sync_bn
 from effbackbones.train.optim import scaled_lr
 from effbackbones.viz.dense import contact_sheet, save_picture
 
@@ -29,7 +29,9 @@ class DenseModule(TrainingModule):
 
     def __init__(self, recipe: Recipe, classes: tuple[str, ...], recipe_yaml: str):
         quiet()
-        super().__init__(recipe, classes, recipe_yaml, build_model(recipe, classes))
+        super().__init__(
+            recipe, classes, recipe_yaml, build_model(recipe, classes, has_sync_bn(recipe.trainer.accelerator))
+        )
         if recipe.model.compile:
             self.model.backbone.compile()
         self.metrics: dict[str, Metric] = {}
@@ -71,10 +73,16 @@ class DenseModule(TrainingModule):
             optim.no_decay,
         )
 
-    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+    def on_fit_start(self) -> None:
+        self._tell_device()
+
+    def on_validation_start(self) -> None:
+        self._tell_device()
+
+    def _tell_device(self) -> None:
+        """Tell mm's preprocessors, which move batches, where the models are: Lightning does not."""
         for model in self.evaluated.values():
-            model._set_device(device)  # mm's preprocessor moves the batch; Lightning does not tell it where to
-        return batch
+            model._set_device(self.device)
 
     def forward_loss(self, batch: Batch) -> dict[str, Tensor]:
         with self._autocast():

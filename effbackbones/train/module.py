@@ -18,6 +18,11 @@ from effbackbones.data.sampler import derive_seed
 from effbackbones.train.optim import build_optimizer, build_schedule
 
 
+def has_sync_bn(accelerator: str) -> bool:
+    """Return whether batch norms can synchronise over devices on an accelerator: torch's do on CUDA only."""
+    return accelerator in ("auto", "cuda") and torch.cuda.is_available()
+
+
 class TrainingModule(LightningModule):
     """Trains a model from a recipe: optimizer, schedule, average of the weights, seeds, what a checkpoint tells.
 

@@ -8,7 +8,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
@@ -24,7 +23,7 @@ from effbackbones.train.callbacks.progress import ProgressLine
 from effbackbones.train.callbacks.stop import EndOfRun
 from effbackbones.train.classification import ClassificationModule
 from effbackbones.train.logger import MetricsCSV
-from effbackbones.train.module import TrainingModule
+from effbackbones.train.module import TrainingModule, has_sync_bn
 
 PRECISION: dict[str, Any] = {"32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 
@@ -195,7 +194,7 @@ def _trainer(recipe: Recipe, folder: Path | None, loggers: list[Logger] | bool, 
         max_epochs=cfg.epochs,
         accumulate_grad_batches=cfg.accumulate,
         gradient_clip_val=recipe.optim.clip_grad,
-        sync_batchnorm=cfg.sync_bn and _has_sync_bn(cfg.accelerator),
+        sync_batchnorm=cfg.sync_bn and _synchronises(cfg.accelerator),
         check_val_every_n_epoch=cfg.val_every,
         limit_train_batches=cfg.limit_train,
         limit_val_batches=cfg.limit_val,
@@ -210,8 +209,8 @@ def _trainer(recipe: Recipe, folder: Path | None, loggers: list[Logger] | bool, 
     )
 
 
-def _has_sync_bn(accelerator: str) -> bool:
-    if accelerator in ("auto", "cuda") and torch.cuda.is_available():
+def _synchronises(accelerator: str) -> bool:
+    if has_sync_bn(accelerator):
         return True
     rank_zero_warn("trainer.sync_bn: batch norms synchronise on CUDA only; they are plain ones here")
     return False

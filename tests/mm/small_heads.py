@@ -22,7 +22,7 @@ def recipe(head: str, overrides: dict[str, Any] | None = None, name: str = "unif
         "head": head,
         "head_overrides": overrides or {},
     }
-    data = SimpleNamespace(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
+    data = SimpleNamespace(size=64, mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
     return SimpleNamespace(model=SimpleNamespace(**{**fields, **model}), data=data)
 
 

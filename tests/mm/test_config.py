@@ -104,15 +104,28 @@ def test_load_head_of_unusable_file_raises(tmp_path, text, message):
     ("head", "stages", "fields"),
     [
         (MASK_RCNN, (0, 1, 2, 3), {"neck.in_channels": WIDTHS, "roi_head.bbox_head.in_channels": 256}),
-        (RETINANET, (0, 1, 2, 3), {"neck.in_channels": WIDTHS, "bbox_head.in_channels": 256}),
+        (RETINANET, (1, 2, 3), {"neck.in_channels": WIDTHS[1:], "neck.start_level": 0, "bbox_head.in_channels": 256}),
         (DINO, (1, 2, 3), {"neck.in_channels": WIDTHS[1:]}),
         (MASK2FORMER, (0, 1, 2, 3), {"panoptic_head.in_channels": WIDTHS}),
         (SEM_FPN, (0, 1, 2, 3), {"neck.in_channels": WIDTHS, "decode_head.in_channels": [256] * 4}),
         (UPERNET, (0, 1, 2, 3), {"decode_head.in_channels": WIDTHS, "auxiliary_head.in_channels": 224}),
-        (FCN, (0, 1, 2, 3), {"decode_head.in_channels": 448, "auxiliary_head.in_channels": 224}),
+        (
+            FCN,
+            (2, 3),
+            {
+                "decode_head.in_channels": 448,
+                "decode_head.in_index": 1,
+                "auxiliary_head.in_channels": 224,
+                "auxiliary_head.in_index": 0,
+            },
+        ),
         (SEGFORMER, (0, 1, 2, 3), {"decode_head.in_channels": WIDTHS}),
         (MASK2FORMER_SEG, (0, 1, 2, 3), {"decode_head.in_channels": WIDTHS}),
-        (DEEPLAB, (0, 1, 2, 3), {"decode_head.in_channels": 448, "decode_head.c1_in_channels": 56}),
+        (
+            DEEPLAB,
+            (0, 2, 3),
+            {"decode_head.in_channels": 448, "decode_head.in_index": 2, "decode_head.c1_in_channels": 56},
+        ),
         (OCR, (0, 1, 2, 3), {"decode_head.0.in_channels": WIDTHS, "decode_head.1.in_channels": WIDTHS}),
         (
             KNET,
@@ -147,13 +160,13 @@ def test_swap_backbone_below_another_model_finds_it():
     wrapper = ConfigDict(type="SemiBaseDetector", detector=config.model)
     model = swap_backbone(wrapper, SMALL, "mmdet")
     assert model.detector.backbone.type == "EffBackbone"
-    assert model.detector.neck.in_channels == WIDTHS
+    assert model.detector.neck.in_channels == WIDTHS[1:]
 
 
 def test_swap_backbone_of_several_necks_sets_the_first():
     model = load_head("mmdet::dyhead/atss_r50_fpn_dyhead_1x_coco.py").model
     first, second = swap_backbone(model, SMALL, "mmdet").neck
-    assert first.in_channels == WIDTHS
+    assert first.in_channels == WIDTHS[1:]
     assert second.in_channels == 256
 
 
@@ -184,7 +197,7 @@ def test_swap_backbone_of_dilated_backbone_takes_all_stages(strides, dilations):
         ({"backbone": {"strides": (1, 2, 1, 1), "dilations": (1, 1, 2, 4), "out_indices": (1, 2, 3)}},
          "backbone: the config's own has maps of strides 8, 8, 8; expected some of 4, 8, 16, 32"),
         ({"auxiliary_head": {"in_channels": 300}},
-         r"auxiliary_head\.in_channels: 300 of the maps 2 are not the channels .* \[256, 512, 1024, 2048\]"),
+         r"auxiliary_head\.in_channels: 300 of the maps 2 are not channels .* \[256, 512, 1024, 2048\]"),
         ({"auxiliary_head": {"in_index": 7}}, r"auxiliary_head\.in_channels: 1024 of the maps 7 are not"),
         ({"decode_head": {"in_channels": [256, 512, 1024]}}, r"decode_head\.in_channels: \[256, 512, 1024\] of the"),
         ({"neck": {"type": "FPN", "in_channels": [1, 2, 3, 4]}}, r"neck\.in_channels: \[1, 2, 3, 4\] are not"),
@@ -253,7 +266,7 @@ model = dict(decode_head=dict(out_channels=150, loss_decode=dict(class_weight=[0
 
 def test_build_model_cfg_takes_the_backbone_of_the_recipe():
     model = build_model_cfg(
-        recipe(RETINANET, drop_path_rate=0.2, norm_eval=True, grad_checkpointing=True, frozen_stages=1), CLASSES
+        recipe(MASK_RCNN, drop_path_rate=0.2, norm_eval=True, grad_checkpointing=True, frozen_stages=1), CLASSES
     )
     assert model.backbone == {
         "type": "EffBackbone",
@@ -274,7 +287,7 @@ def test_build_model_cfg_normalises_rgb_and_keeps_the_rest_of_the_preprocessor(h
     assert after.bgr_to_rgb is True
     np.testing.assert_allclose(after.mean, [123.675, 116.28, 103.53])
     np.testing.assert_allclose(after.std, [58.395, 57.12, 57.375])
-    ours = ("mean", "std", "bgr_to_rgb")
+    ours = ("mean", "std", "bgr_to_rgb", "size")
     assert {k: v for k, v in after.items() if k not in ours} == {k: v for k, v in before.items() if k not in ours}
 
 
@@ -308,9 +321,29 @@ def test_build_model_cfg_merges_a_mapping_into_each_entry_of_a_list():
     assert [head.num_classes for head in model.roi_head.bbox_head] == [5] * 3
 
 
-def test_build_model_cfg_of_mapping_for_a_number_raises_and_names_the_field():
-    with pytest.raises(HeadError, match=r"model\.head_overrides\.neck\.num_outs: a mapping cannot be merged into 5"):
-        build_model_cfg(recipe(MASK_RCNN, {"neck": {"num_outs": {"a": 1}}}), CLASSES)
+@pytest.mark.parametrize(("key", "old"), [("num_outs", "5"), ("in_channels", r"\[56")], ids=["number", "list"])
+def test_build_model_cfg_of_mapping_for_something_else_raises_and_names_the_field(key, old):
+    with pytest.raises(HeadError, match=rf"model\.head_overrides\.neck\.{key}: a mapping cannot be merged into {old}"):
+        build_model_cfg(recipe(MASK_RCNN, {"neck": {key: {"a": 1}}}), CLASSES)
+
+
+def test_build_model_cfg_sets_the_classes_of_a_head_for_one_class():
+    head = "mmdet::crowddet/crowddet-rcnn_r50_fpn_8xb2-30e_crowdhuman.py"
+    model = build_model_cfg(recipe(head), CLASSES)
+    assert model.roi_head.bbox_head.num_classes == 5
+
+
+def test_build_model_cfg_of_region_proposals_alone_raises():
+    with pytest.raises(HeadError, match="num_classes: no head has it"):
+        build_model_cfg(recipe("mmdet::rpn/rpn_r50_fpn_1x_coco.py"), CLASSES)
+
+
+def test_build_model_cfg_of_head_that_would_download_raises_and_names_the_field():
+    head = "mmdet::ld/ld_r18-gflv1-r101_fpn_1x_coco.py"
+    with pytest.raises(
+        HeadError, match=r"teacher_ckpt: https://\S+ would be downloaded: set a file in model\.head_over"
+    ):
+        build_model_cfg(recipe(head), CLASSES)
 
 
 def test_build_model_cfg_error_names_the_head():
@@ -399,17 +432,17 @@ def segments() -> SegDataSample:
     return sample
 
 
-@pytest.mark.parametrize(("head", "sample"), [(MASK_RCNN, instances), (UPERNET, segments)], ids=["box_mask", "pixel"])
+@pytest.mark.parametrize(
+    ("head", "sample"),
+    [(MASK_RCNN, instances), (RETINANET, instances), (UPERNET, segments), (FCN, segments), (DEEPLAB, segments)],
+    ids=lambda value: Path(value).stem if isinstance(value, str) else "",
+)
 def test_model_has_finite_losses_whose_gradient_reaches_the_stem(head, sample):
     torch.manual_seed(0)
     model = build(head)
     images = [torch.randint(0, 256, (3, SIDE, SIDE), dtype=torch.uint8) for _ in range(2)]
-    overrides = {"data_samples": [sample(), sample()], "inputs": images}
-    if head == UPERNET:
-        model.data_preprocessor.size = (SIDE, SIDE)
-    data = model.data_preprocessor(overrides, True)
+    data = model.data_preprocessor({"inputs": images, "data_samples": [sample(), sample()]}, True)
     loss, losses = model.parse_losses(model(**data, mode="loss"))
-    assert len(losses) >= 4
     assert all(value.isfinite() for value in losses.values())
     loss.backward()
     gradients = {key: parameter.grad for key, parameter in model.named_parameters()}

@@ -47,7 +47,7 @@ def test_scenes_open_with_their_classes_and_numbers(tmp_path, task, classes):
     data = build(tmp_path, task)
     assert len(data.classes) == classes
     assert data.classes[:2] == ("T-shirt/top", "Trouser")
-    assert (len(data.train_dataset), len(data.val_dataset)) == (6, 3)
+    assert (len(data.train_dataset), len(data.val_dataset)) == (8, 3)
 
 
 def test_training_batch_of_detection_has_images_boxes_and_masks(tmp_path):
@@ -150,7 +150,7 @@ def test_box_without_area_is_left_out_and_counted(tmp_path, root, caplog):
     data = build(tmp_path, "detection", root)
     first = content["annotations"][0]["image_id"]
     kept = sum(annotation["image_id"] == first for annotation in content["annotations"]) - 1
-    index = next(i for i in range(6) if data.train_annotations.get_data_info(i)["img_id"] == first)
+    index = next(i for i in range(8) if data.train_annotations.get_data_info(i)["img_id"] == first)
     assert len(data.train_annotations.get_data_info(index)["instances"]) == kept
     assert "left out 1 annotations, such as annotation" in caplog.text
 
@@ -184,7 +184,7 @@ def test_image_of_another_size_than_annotated_is_an_error(tmp_path, root):
 
 def test_image_without_annotations_does_not_train(tmp_path, root):
     change(root, lambda content: content.update(annotations=[a for a in content["annotations"] if a["image_id"] != 1]))
-    assert len(build(tmp_path, "detection", root).train_dataset) == 5
+    assert len(build(tmp_path, "detection", root).train_dataset) == 7
 
 
 def test_classes_that_differ_between_the_splits_are_an_error(tmp_path, root):

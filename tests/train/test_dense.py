@@ -42,7 +42,7 @@ def image_of(task):
 @pytest.mark.parametrize("task", TASKS)
 def test_run_leaves_metrics_checkpoints_and_pictures(runs, task):
     rows = read_metrics(runs[task] / "metrics.csv")
-    assert rows[-1]["step"] == 6
+    assert rows[-1]["step"] == 8
     assert all(0 <= rows[-1][f"val/{name}{suffix}"] <= 1 for name in METRICS[task] for suffix in ("", "_ema"))
     assert all(math.isfinite(row["train/loss"]) for row in rows if "train/loss" in row)
     assert Image.open(runs[task] / "predictions.png").width > 300

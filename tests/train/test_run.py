@@ -10,8 +10,7 @@ from small_runs import checkpoint, small_recipe, train
 
 from effbackbones.cli import main
 from effbackbones.config import load_recipe
-from effbackbones.train import run
-from effbackbones.train import classification
+from effbackbones.train import classification, run
 from effbackbones.train.logger import read_metrics
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning")

@@ -409,9 +409,9 @@ _SOURCES = {
 }
 
 # Keys that only classification heeds, and those that only dense tasks do.
-_IMAGE_KEYS = tuple(
-    f"augment.{name}"
-    for name in ("scale", "ratio", "color_jitter", "policy", "erase", "repeats", "mixup", "cutmix", "smoothing")
+_IMAGE_KEYS = (
+    *("model.channels_last", "model.drop_rate", "augment.scale", "augment.ratio", "augment.color_jitter"),
+    *("augment.policy", "augment.erase", "augment.repeats", "augment.mixup", "augment.cutmix", "augment.smoothing"),
 )
 _DENSE_KEYS = (
     *("model.head", "model.head_overrides", "model.frozen_stages", "data.scale", "data.test_flip", "augment.resize"),

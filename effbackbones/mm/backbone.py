@@ -140,7 +140,9 @@ class EffBackbone(BaseModule):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Return the maps of the chosen stages, (B, C_i, ~H/stride, ~W/stride), of images (B, 3, H, W)."""
-        return tuple(self.model.forward_intermediates(x, indices=list(self.out_indices), intermediates_only=True))
+        maps = self.model.forward_intermediates(x, indices=list(self.out_indices), intermediates_only=True)
+        # Operators of mmcv, RoIAlign among them, take memory for rows of channels-first maps whatever the strides say.
+        return tuple(x_bchw.contiguous() for x_bchw in maps)
 
 
 class _ToMMEngine(logging.Handler):

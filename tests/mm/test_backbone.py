@@ -67,6 +67,20 @@ def test_backbone_gives_the_maps_of_the_chosen_stages(indices, dense):
     assert [info["num_chs"] for info in backbone.feature_info] == [x_bchw.shape[1] for x_bchw in given]
 
 
+@pytest.mark.parametrize("name", SMALLEST)
+@torch.no_grad()
+def test_maps_serve_operators_of_mmcv_which_take_memory_as_channels_first(name):
+    from mmcv.ops import roi_align
+    from torchvision.ops import roi_align as expected
+
+    rois = torch.tensor([[0, 3.0, 5.0, 60.0, 70.0]])
+    backbone = EffBackbone(name, depths=depths(name, compiled=True)).eval()
+    for i, x_bchw in enumerate(backbone(torch.rand(1, 3, 96, 128))):
+        scale = 1 / (4 * 2**i)
+        ours = roi_align(x_bchw, rois, (7, 7), scale, 0, "avg", True)
+        torch.testing.assert_close(ours, expected(x_bchw, rois, (7, 7), scale, -1, True), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("dense", [True, False], ids=["dense", "classifier"])
 @pytest.mark.parametrize("indices", [(0, 1, 2, 3), (0, 2)], ids=str)
 @pytest.mark.parametrize("name", SMALLEST)

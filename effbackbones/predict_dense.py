@@ -5,14 +5,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from mmcv.transforms import Compose
 
 from effbackbones.checkpoint import read_checkpoint, run_checkpoint
 from effbackbones.config import RecipeError
 from effbackbones.data import DataError
 from effbackbones.data.folder import load_image
-from effbackbones.mm.data import test_pipeline
+from effbackbones.mm.data import read_image, test_transforms
 from effbackbones.train.dense import DenseModule
 from effbackbones.train.detection import SHOWN_SCORE, DetectionModule
 from effbackbones.train.run import load_target
@@ -71,12 +71,8 @@ def sample_of(module: DenseModule, file: str | Path) -> Any:
     Raises:
         BadImageError: The file cannot be read as an image.
     """
-    image_hwc = np.asarray(load_image(str(file)))[..., ::-1]  # mm reads BGR
-    shape = image_hwc.shape[:2]
-    found = test_pipeline(module.recipe)(
-        {"img": image_hwc, "img_path": str(file), "img_shape": shape, "ori_shape": shape}
-    )
-    return module.model.test_step({"inputs": [found["inputs"]], "data_samples": [found["data_samples"]]})[0]
+    inputs = Compose(test_transforms(module.recipe))(read_image(load_image(str(file)), file))
+    return module.predict(module.model, [inputs])[0]
 
 
 def _summary(module: DenseModule, sample: Any) -> str:

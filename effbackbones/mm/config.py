@@ -447,6 +447,18 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
+def with_flip(model: nn.Module, task: str) -> nn.Module:
+    """Return mm's test-time augmentation around a detector or segmentor, for lists of an image and its mirror image."""
+    if task == "segmentation":
+        from mmseg.models import SegTTAModel
+
+        return SegTTAModel(module=model)
+    from mmdet.models import DetTTAModel
+
+    merge = ConfigDict(nms={"type": "nms", "iou_threshold": 0.5}, max_per_img=100)  # those of mmdet's own configs
+    return DetTTAModel(module=model, tta_cfg=merge)
+
+
 def check_head(model: Any, model_cfg: ConfigDict, scope: str) -> None:
     """Run a model once on a blank image.
 

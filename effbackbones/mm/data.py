@@ -11,9 +11,11 @@ from typing import Any, Literal, cast
 import mmcv.transforms as T
 import mmdet.datasets.transforms as det
 import mmseg.datasets.transforms as seg
+import numpy as np
 from mmdet.datasets import CocoDataset
 from mmengine.dataset import BaseDataset, pseudo_collate
 from mmseg.datasets import ADE20KDataset, BaseSegDataset
+from PIL import Image
 
 from effbackbones.config import Recipe
 from effbackbones.data import BadImageError, DataError, RecipeData
@@ -88,8 +90,6 @@ def build_data(recipe: Recipe) -> DenseData:
         train, val = (_open_coco(root, split, masks, data.on_bad_image) for split in ("train", "val"))
         changes = [*_resize(augment.resize, scale), flip(prob=augment.hflip)]
         photometric: Any = det.PhotoMetricDistortion
-        pack: Any = det.PackDetInputs(meta_keys=_DET_META)
-        test = [det.Resize(scale=scale, keep_ratio=True), pack]
     else:
         train, val = (_open_ade20k(root, split) for split in ("training", "validation"))
         changes = [
@@ -98,8 +98,6 @@ def build_data(recipe: Recipe) -> DenseData:
             flip(prob=augment.hflip),
         ]
         photometric = seg.PhotoMetricDistortion
-        pack = seg.PackSegInputs(meta_keys=_SEG_META)
-        test = [_ImageResize(scale=scale, keep_ratio=True), pack]
     if augment.photometric:
         changes.append(photometric())
     train_classes, val_classes = train.metainfo["classes"], val.metainfo["classes"]
@@ -111,7 +109,7 @@ def build_data(recipe: Recipe) -> DenseData:
             f"data.num_classes={data.num_classes}, but {root} has {len(train_classes)} classes: correct it or leave it "
             "out"
         )
-    return DenseData(train, val, [*changes, pack], test, recipe)
+    return DenseData(train, val, [*changes, _pack(recipe)], test_transforms(recipe), recipe)
 
 
 def reads_masks(recipe: Recipe) -> bool:
@@ -129,13 +127,27 @@ def _dicts(node: Any) -> Iterator[dict[str, Any]]:
         yield from _dicts(child)
 
 
-def test_pipeline(recipe: Recipe) -> T.Compose:
-    """Return what makes a model's input of `{"img": BGR array, "img_path": path, "img_shape": …, "ori_shape": …}`."""
+def test_transforms(recipe: Recipe) -> list[Transform]:
+    """Return what makes a model's input of a read image; with `data.test_flip`, lists of it and its mirror image."""
     scale = cast(tuple[int, int], tuple(recipe.data.scale))
+    resize = (det.Resize if recipe.task == "detection" else _ImageResize)(scale=scale, keep_ratio=True)
+    if not recipe.data.test_flip:
+        return [resize, _pack(recipe)]
+    flip = det.RandomFlip if recipe.task == "detection" else T.RandomFlip
+    return [T.TestTimeAug([[resize], [flip(prob=0.0), flip(prob=1.0)], [_pack(recipe)]])]
+
+
+def read_image(image: Image.Image, path: str | Path) -> dict[str, Any]:
+    """Return an RGB image as mm's transforms take one that was read."""
+    image_hwc = np.asarray(image)[..., ::-1]  # mm reads BGR
+    shape = image_hwc.shape[:2]
+    return {"img": image_hwc, "img_path": str(path), "img_shape": shape, "ori_shape": shape}
+
+
+def _pack(recipe: Recipe) -> Transform:
     if recipe.task == "detection":
-        return T.Compose([det.Resize(scale=scale, keep_ratio=True), det.PackDetInputs(meta_keys=_DET_META[1:])])
-    meta = tuple(name for name in _SEG_META if name != "seg_map_path")
-    return T.Compose([_ImageResize(scale=scale, keep_ratio=True), seg.PackSegInputs(meta_keys=meta)])
+        return cast(Transform, det.PackDetInputs(meta_keys=_DET_META))
+    return cast(Transform, seg.PackSegInputs(meta_keys=_SEG_META))
 
 
 def read_instances(dataset: CocoDataset, index: int, masks: bool) -> tuple[Any, Any, Any]:

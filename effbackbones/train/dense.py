@@ -1,6 +1,8 @@
 """What the training of detection and of segmentation have in common: a model of mm under Lightning."""
 
+import copy
 from abc import abstractmethod
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,8 @@ from torch import Tensor, nn
 from effbackbones.checkpoint import load_model_weights
 from effbackbones.config import Recipe
 from effbackbones.data.folder import load_image
-from effbackbones.mm.config import build_model
+from effbackbones.mm.config import build_model, with_flip
+from effbackbones.mm.data import pseudo_collate
 from effbackbones.mm.metrics import Metric, quiet
 from effbackbones.mm.optim import param_groups
 from effbackbones.train.module import TrainingModule, has_sync_bn
@@ -96,13 +99,24 @@ class DenseModule(TrainingModule):
         if not batch["inputs"]:  # none of them could be read
             return
         for suffix, model in self.evaluated.items():
-            own = {**batch, "data_samples": [sample.clone() for sample in batch["data_samples"]]}
             with self._autocast():
-                self.metrics[suffix].update(model.val_step(own))
+                self.metrics[suffix].update(self._predict(model, batch))
 
     def on_validation_epoch_end(self) -> None:
         for suffix, metric in self.metrics.items():
             self.log_dict({f"val/{name}{suffix}": value for name, value in metric.compute().items()})
+
+    def predict(self, model: Any, samples: Sequence[Any]) -> list[Any]:
+        """Return mm's data samples with the predictions of a model, of samples of an evaluation dataset."""
+        self._tell_device()
+        with self._autocast():
+            return self._predict(model, pseudo_collate(samples))
+
+    def _predict(self, model: Any, batch: Batch) -> list[Any]:
+        batch = copy.deepcopy(batch)  # predictions are put into the samples, which the next model needs as they are
+        tester: Any = with_flip(model, self.recipe.task) if self.recipe.data.test_flip else model
+        samples: list[Any] = tester.test_step(batch)
+        return samples
 
     def _autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device.type, enabled=False) if self.mixed_trunk else nullcontext()
@@ -117,7 +131,7 @@ class DenseModule(TrainingModule):
             sample = data.val_dataset[index]
             if sample is None:  # it could not be read
                 continue
-            (predicted,) = self.model.val_step({"inputs": [sample["inputs"]], "data_samples": [sample["data_samples"]]})
+            (predicted,) = self.predict(self.model, [sample])
             image = load_image(predicted.img_path)
             pairs.append((self.draw_sample(image, predicted), self.draw_truth(image, index)))
             if len(pairs) == DRAWN:

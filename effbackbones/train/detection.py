@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from effbackbones.config import Recipe
+from effbackbones.config import Recipe, RecipeError
 from effbackbones.mm.data import read_instances, reads_masks
 from effbackbones.mm.metrics import Metric, average_precision
 from effbackbones.train.dense import DenseModule
@@ -19,8 +19,12 @@ class DetectionModule(DenseModule):
     """Trains a detector of mmdet; evaluates boxes, and masks where the head predicts them, as COCO does."""
 
     def __init__(self, recipe: Recipe, classes: tuple[str, ...], recipe_yaml: str):
-        super().__init__(recipe, classes, recipe_yaml)
         self.masks = reads_masks(recipe)
+        if self.masks and recipe.data.test_flip:
+            raise RecipeError(
+                "data.test_flip: mm merges boxes only, and the head of this recipe predicts masks: leave it out"
+            )
+        super().__init__(recipe, classes, recipe_yaml)
 
     def build_metric(self) -> Metric:
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]

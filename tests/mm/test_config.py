@@ -411,21 +411,19 @@ def test_check_head_leaves_the_model_as_it_was():
 SIDE = 64
 
 
-def instances() -> DetDataSample:
+def instances(size: tuple[int, int] = (SIDE, SIDE)) -> DetDataSample:
     """Return a sample with two boxes and their masks."""
     boxes = torch.tensor([[4.0, 6.0, 40.0, 44.0], [20.0, 10.0, 60.0, 60.0]])
-    masks = np.zeros((2, SIDE, SIDE), np.uint8)
+    masks = np.zeros((2, *size), np.uint8)
     for mask, (x1, y1, x2, y2) in zip(masks, boxes.int().tolist(), strict=True):
         mask[y1:y2, x1:x2] = 1
-    size = (SIDE, SIDE)
     sample = DetDataSample(metainfo={"img_shape": size, "ori_shape": size, "pad_shape": size, "scale_factor": (1, 1)})
-    sample.gt_instances = InstanceData(bboxes=boxes, labels=torch.tensor([0, 3]), masks=BitmapMasks(masks, SIDE, SIDE))
+    sample.gt_instances = InstanceData(bboxes=boxes, labels=torch.tensor([0, 3]), masks=BitmapMasks(masks, *size))
     return sample
 
 
-def segments() -> SegDataSample:
+def segments(size: tuple[int, int] = (SIDE, SIDE)) -> SegDataSample:
     """Return a sample with a label at every pixel."""
-    size = (SIDE, SIDE)
     sample = SegDataSample(metainfo={"img_shape": size, "ori_shape": size, "pad_shape": size})
     labels = torch.randint(0, len(CLASSES), (1, *size), generator=torch.Generator().manual_seed(0))
     sample.gt_sem_seg = PixelData(data=labels)

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import subprocess
 
 import pytest
 import timm
@@ -12,11 +13,12 @@ pytest.importorskip("mmcv", reason="needs the mm extra")
 import torch
 from lightning.pytorch import seed_everything
 from PIL import Image
-from small_runs import BreakOff, BrokenOffError, checkpoint, differences, outcome, train
+from small_runs import BreakOff, BrokenOffError, checkpoint, differences, outcome, train, train_command
 from small_scenes import ROOTS, dense_recipe, scenes
 
 from effbackbones.checkpoint import CheckpointError, load_weights
 from effbackbones.cli import main
+from effbackbones.config import RecipeError
 from effbackbones.predict_dense import open_run, sample_of
 from effbackbones.train.callbacks.finite import NonFiniteError
 from effbackbones.train.logger import read_metrics
@@ -181,6 +183,45 @@ def test_checkpoint_of_another_head_gives_its_backbone(runs, tmp_path):
     module.load_weights(runs["detection"])
     trained = open_run(runs["detection"]).model.backbone.state_dict()
     assert all(torch.equal(value, trained[name]) for name, value in module.model.backbone.state_dict().items())
+
+
+def test_flip_of_a_segmentation_averages_both_views(runs):
+    module = open_run(runs["segmentation"])
+    plain = sample_of(module, image_of("segmentation"))
+    module.recipe.data.test_flip = True
+    flipped = sample_of(module, image_of("segmentation"))
+    both = evaluate(str(runs["segmentation"]), ["data.test_flip=true"])
+    assert plain.pred_sem_seg.data.shape == flipped.pred_sem_seg.data.shape
+    assert not torch.equal(plain.pred_sem_seg.data, flipped.pred_sem_seg.data)
+    assert both["miou"] != evaluate(str(runs["segmentation"]))["miou"]
+
+
+def test_flip_of_a_detection_merges_the_boxes_of_both_views(tmp_path):
+    head = ["model.head=mmdet::retinanet/retinanet_r50_fpn_1x_coco.py", "trainer.steps=2", "data.test_flip=true"]
+    loaded = dense_recipe("detection", tmp_path / "run", head)
+    loaded.recipe.model.head_overrides = {}
+    folder = train(loaded)
+    assert "box_ap50" in evaluate(str(folder))
+    assert sample_of(open_run(folder), image_of("detection")).pred_instances.bboxes.isfinite().all()
+
+
+def test_flip_of_masks_is_refused(tmp_path):
+    with pytest.raises(RecipeError, match=r"data.test_flip: mm merges boxes only"):
+        build_task(dense_recipe("detection", tmp_path / "run", ["data.test_flip=true"]))
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_two_processes_end_with_the_evaluation_of_one(tmp_path, task):
+    folder = tmp_path / "run"
+    recipe = dense_recipe(task, folder)
+    two = ["trainer.devices=2", "trainer.strategy=ddp", "data.batch_size=1", "trainer.save_every=1"]
+    command = train_command(str(recipe.path), f"data.root={scenes() / ROOTS[task]}", f"run.dir={folder}", *two)
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    metric = METRICS[task][0]
+    best = max(row[f"val/{metric}"] for row in read_metrics(folder / "metrics.csv") if f"val/{metric}" in row)
+    assert evaluate(str(folder), ["trainer.devices=1", "trainer.strategy=auto"])[metric] == pytest.approx(
+        best, abs=2e-3
+    )
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -5,12 +5,13 @@ INSTALLED := $(VENV)/.installed
 INSTALLED_MM := $(VENV)/.installed-mm
 PIP_INSTALL := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help quickstart test test-core check
+.PHONY: help quickstart test test-core test-slow check
 
 help:
 	@echo "make quickstart  train UniFormer-S on the images that ship with the repository, minutes on 2 CPU cores"
 	@echo "make test        run the tests, with the OpenMMLab packages: the first time their operators compile for minutes"
 	@echo "make test-core   run the tests without setting up the OpenMMLab packages, whose tests are skipped then"
+	@echo "make test-slow   run what takes too long for every change: all families under all heads, all dense recipes"
 	@echo "make check       lint, check the format and the types"
 
 $(INSTALLED): pyproject.toml constraints.txt
@@ -28,10 +29,13 @@ quickstart: $(INSTALLED)
 	$(VENV)/bin/effb train quickstart
 
 test: $(INSTALLED) $(INSTALLED_MM)
-	$(VENV)/bin/python -m pytest -n 2
+	$(VENV)/bin/python -m pytest -n 2 -m "not slow"
 
 test-core: $(INSTALLED)
-	$(VENV)/bin/python -m pytest -n 2
+	$(VENV)/bin/python -m pytest -n 2 -m "not slow"
+
+test-slow: $(INSTALLED) $(INSTALLED_MM)
+	$(VENV)/bin/python -m pytest -n 2 -m slow
 
 check: $(INSTALLED)
 	$(VENV)/bin/ruff check

@@ -48,7 +48,7 @@ SCENES = [
 HEADS = {  # what takes long, or needs more cells than such images have
     "mask_rcnn": ["model.head_overrides.train_cfg.rcnn.sampler.num=8"],
     "cascade": ["model.head_overrides.train_cfg.rcnn.sampler.num=8"],
-    "dino": ["model.head_overrides.num_queries=30"],
+    "dino": ["model.head_overrides.num_queries=30", "model.head_overrides.test_cfg.max_per_img=30"],
 }
 
 

@@ -39,7 +39,6 @@ def test_script_given_a_bad_recipe_ends_with_code_2(monkeypatch, capsys, name):
     assert "no such recipe" in capsys.readouterr().err
 
 
-@pytest.mark.slow
 def test_torchrun_trains_in_two_processes(tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     recipe = ["debug/two_steps", "trainer.devices=2", f"run.dir={tmp_path / 'run'}", *SMALL]

@@ -14,7 +14,7 @@ from small_runs import checkpoint, train, train_command, write_recipe
 from effbackbones.config import load_recipe
 from effbackbones.train.run import evaluate
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::UserWarning:lightning")]
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning")
 
 
 ALONE = ["trainer.devices=1", "trainer.strategy=auto"]

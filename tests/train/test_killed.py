@@ -10,7 +10,7 @@ import time
 import pytest
 from small_runs import checkpoint, differences, outcome, small_recipe, train, train_command, write_recipe
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::UserWarning:lightning")]
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning")
 
 # Two epochs of 40 steps.
 OVERRIDES = ("data.synthetic_images=162", "trainer.save_every=7", "ema.decay=0.9", "augment.mixup=0.8")

@@ -17,12 +17,12 @@ model = dict(
         _delete_=True,
         type="EffBackbone",
         model="s2aformer_mini",
-        out_indices=(0, 1, 2, 3),
+        out_indices=(1, 2, 3),
         checkpoint=None,
         drop_path_rate=0.0,
         norm_eval=True,
     ),
-    neck=dict(in_channels=[32, 64, 160, 240]),
+    neck=dict(in_channels=[64, 160, 240], start_level=0),
 )
 
 data_root = "{{$COCO_ROOT:datasets/coco}}"

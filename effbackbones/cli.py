@@ -224,21 +224,26 @@ def evaluate(args: argparse.Namespace) -> int:
 def predict(args: argparse.Namespace) -> int:
     from effbackbones.config import RecipeError
     from effbackbones.predict import Predictor, image_files
-    from effbackbones.train.run import load_target
+    from effbackbones.train.run import load_target, needing_mm
 
     if bool(args.model) != bool(args.checkpoint):
         raise RecipeError("--model and --checkpoint go together: a registered model, a file of its ImageNet-1K weights")
     files = image_files(args.images)
-    if args.run and Path(args.run).is_dir() and load_target(args.run).recipe.task != "classification":
-        from effbackbones.predict_dense import predict_pictures
+    task = load_target(args.run).recipe.task if args.run and Path(args.run).is_dir() else "classification"
+    if task != "classification":
+        with needing_mm(f"task: {task}"):
+            from effbackbones.predict_dense import predict_pictures
 
-        for number, line in enumerate(predict_pictures(args.run, files, args.out), 1):
+        skipped = 0
+        for number, (line, drawn) in enumerate(predict_pictures(args.run, files, args.out), 1):
             print(f"{number}/{len(files)}  {line}", flush=True)
-        return 0
+            skipped += not drawn
+        return 1 if skipped else 0
     if args.out:
         raise RecipeError("--out: classification draws no pictures; leave it out")
     predictor = Predictor.from_run(args.run) if args.run else Predictor.from_model(args.model, args.checkpoint)
-    for path, classes in zip(files, predictor(files), strict=True):
+    paths = [path for path, _ in files]
+    for path, classes in zip(paths, predictor(paths), strict=True):
         print(path)
         for name, probability in classes:
             print(f"  {100 * probability:5.1f}%  {name}")
@@ -262,7 +267,10 @@ def data(args: argparse.Namespace) -> int:
 
 
 def export(args: argparse.Namespace) -> int:
-    from effbackbones.mm.export import export_mm
+    from effbackbones.train.run import needing_mm
+
+    with needing_mm("an export for mm"):
+        from effbackbones.mm.export import export_mm
 
     for path in export_mm(args.run, Path(args.out)):
         print(path)

@@ -23,20 +23,22 @@ from effbackbones.train.run import load_target
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 
 
-def image_files(paths: Sequence[str | Path]) -> list[Path]:
+def image_files(paths: Sequence[str | Path]) -> list[tuple[Path, Path]]:
     """Return the files that are given, and those with an image's suffix in the folders that are, below them too.
+
+    Each is followed by its name: in a folder that is given, its path below it.
 
     Raises:
         DataError: A folder holds no image.
     """
-    files: list[Path] = []
+    files = []
     for path in map(Path, paths):
-        found = [path]
+        found, folder = [path], path.parent
         if path.is_dir():
-            found = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+            found, folder = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES), path
             if not found:
                 raise DataError(f"{path}: no image in this folder; expected files such as *.jpg or *.png")
-        files += found
+        files += [(file, file.relative_to(folder)) for file in found]
     return files
 
 

@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mmcv.transforms import Compose
 
 from effbackbones.checkpoint import read_checkpoint, run_checkpoint
-from effbackbones.config import RecipeError
-from effbackbones.data import DataError
+from effbackbones.config import Recipe, RecipeError
+from effbackbones.data import BadImageError, DataError
 from effbackbones.data.folder import load_image
-from effbackbones.mm.data import read_image, test_transforms
+from effbackbones.mm.data import read_image, test_transform
 from effbackbones.train.dense import DenseModule
 from effbackbones.train.detection import SHOWN_SCORE, DetectionModule
 from effbackbones.train.run import load_target
@@ -39,29 +38,45 @@ def open_run(folder: str | Path) -> DenseModule:
     return module.eval()
 
 
-def predict_pictures(run: str | Path, files: Sequence[Path], out: str | Path | None = None) -> Iterator[str]:
-    """Draw what a run's best checkpoint sees in each image file; yield a line for each, when its picture is written.
+def predict_pictures(
+    run: str | Path, files: Sequence[tuple[Path, Path]], out: str | Path | None = None
+) -> Iterator[tuple[str, bool]]:
+    """Draw what a run's best checkpoint sees in each image file.
+
+    Yields a line for each, when its picture is written or the file cannot be read, and which of both.
 
     Args:
         run: Run folder of a dense task.
-        files: Image files.
+        files: Image files and their names, as of :func:`~effbackbones.predict.image_files`.
         out: Folder of the pictures, which have the names of the images; None: predictions in the run folder.
 
     Raises:
-        BadImageError: A file cannot be read as an image.
-        DataError: Two images would have the same picture.
+        DataError: Two images would have the same picture, or a picture would overwrite an image.
     """
-    module = open_run(run)
     folder = Path(out or Path(run) / "predictions")
     pictures = [
-        folder / (file.name if file.suffix.lower() in (".jpg", ".png") else f"{file.stem}.png") for file in files
+        folder / (name if name.suffix.lower() in (".jpg", ".png") else name.with_suffix(".png")) for _, name in files
     ]
     if twice := [picture for picture, count in Counter(pictures).items() if count > 1]:
         raise DataError(f"{twice[0]}: several of the images would have this picture: predict them apart")
-    for file, picture in zip(files, pictures, strict=True):
-        sample = sample_of(module, file)
-        save_picture(module.draw_sample(load_image(str(file)), sample), picture)
-        yield f"{file}  {_summary(module, sample)}  {picture}"
+    images = {file.resolve() for file, _ in files}
+    if lost := [picture for picture in pictures if picture.resolve() in images]:
+        raise DataError(f"{lost[0]}: a picture would overwrite this image: choose another folder for the pictures")
+    module = open_run(run)
+    module.to(device_of(module.recipe))
+    for (file, _), picture in zip(files, pictures, strict=True):
+        try:
+            sample = sample_of(module, file)
+        except BadImageError as error:
+            yield f"{error}", False
+            continue
+        save_picture(module.draw_sample(load_image(str(file), upright=True), sample), picture)
+        yield f"{file}  {_summary(module, sample)}  {picture}", True
+
+
+def device_of(recipe: Recipe) -> str:
+    """Return where a model of a recipe predicts: on a GPU where there is one, unless the recipe says otherwise."""
+    return "cuda" if recipe.trainer.accelerator in ("auto", "cuda") and torch.cuda.is_available() else "cpu"
 
 
 @torch.inference_mode()
@@ -71,8 +86,8 @@ def sample_of(module: DenseModule, file: str | Path) -> Any:
     Raises:
         BadImageError: The file cannot be read as an image.
     """
-    inputs = Compose(test_transforms(module.recipe))(read_image(load_image(str(file)), file))
-    return module.predict(module.model, [inputs])[0]
+    image = read_image(load_image(str(file), upright=True), file)
+    return module.predict(module.model, [test_transform(module.recipe)(image)])[0]
 
 
 def _summary(module: DenseModule, sample: Any) -> str:

@@ -11,7 +11,7 @@ from effbackbones.data.scenes import make_scenes
 MODEL = """
 model:
   name: s2aformer_mini
-  args: {depths: [1, 1, 1, 1], dims: [16, 16, 32, 32], num_heads: [1, 1, 2, 2]}
+  args: {depths: [1, 1, 1, 1], dims: [16, 16, 320, 192]}
 """
 
 DETECTION = f"""

@@ -68,13 +68,13 @@ def test_blocks_are_bash_or_python() -> None:
 
 @pytest.mark.parametrize("line", RUNNABLE)
 def test_effb_command_runs(
-    line: str, checkout: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    line: str, checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(checkout)
     if "scenes" in line and not HAS_MM:
         pytest.skip("needs the mm extra")
     if line.startswith("effb data scenes"):
-        Path("datasets/scenes").unlink()
+        monkeypatch.chdir(tmp_path)  # a new folder, and the runs of the others keep their data
         few = functools.partial(data_scenes.make_scenes, train=2, val=1)
         monkeypatch.setattr(data_scenes, "make_scenes", lambda out, **options: few(out, size=options["size"]))
     assert main(shlex.split(line)[1:]) == 0

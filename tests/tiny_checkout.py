@@ -16,7 +16,7 @@ from effbackbones.cli import main
 RECIPE = f"""extends: {json.dumps(str(ROOT / "recipes" / "quickstart.yaml"))}
 model:
   name: uniformer_small
-  args: {{head_dim: 16, dims: [16, 16, 32, 32], depths: [1, 1, 1, 1]}}
+  args: {{dims: [16, 16, 320, 192], depths: [1, 1, 1, 1]}}
 data:
   batch_size: 8
   eval_batch_size: 8
@@ -43,6 +43,7 @@ def make_scenes_runs(folder: Path) -> None:
         recipe.write_text(RECIPES[task].replace("data:\n", f"data:\n  root: datasets/scenes/{ROOTS[task]}\n"))
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
         patch.chdir(folder)
+        assert main(["train", "quickstart", "model.name=s2aformer_mini", "run.dir=runs/quickstart_s2aformer"]) == 0
         assert main(["train", "scenes/mask_rcnn"]) == 0
 
 

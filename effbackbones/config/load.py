@@ -44,6 +44,12 @@ class _Problem(NamedTuple):
         return ": ".join(part for part in self if part)
 
 
+def _is_name(name: str, prefix: str) -> bool:
+    """Return whether a key below `prefix` may have that name; `_delete_` has mm replace a mapping, not merge it."""
+    replaces = name == "_delete_" and prefix.startswith("model.head_overrides.")
+    return replaces or _NAME.fullmatch(name) is not None
+
+
 def _nearest(name: str, options: Iterable[str], count: int = 1) -> str:
     names = difflib.get_close_matches(name, options, n=count)
     return f"; nearest: {', '.join(names)}" if names else ""
@@ -148,7 +154,7 @@ class _Layer:
         for key_node, value_node in node.value:
             name = str(key_node.value)
             key = f"{prefix}.{name}".lstrip(".")
-            if not _NAME.fullmatch(name):
+            if not _is_name(name, prefix):
                 message = "unknown key: keys are names such as batch_size, nested by section"
                 self.note(_show(key), message, key_node.start_mark)
             elif name in tree:
@@ -183,7 +189,7 @@ def _read_override(text: str) -> _Layer:
     layer = _Layer(COMMAND_LINE)
     key, equals, value_text = text.partition("=")
     names = key.split(".")
-    if not equals or not all(map(_NAME.fullmatch, names)):
+    if not equals or not all(_is_name(names[i], ".".join(names[:i])) for i in range(len(names))):
         layer.note(_show(text), "expected section.key=value, such as data.size=224")
         return layer
     tree = layer.parse(value_text, key)
@@ -355,6 +361,18 @@ _OWNED_ARGS = {
     "num_classes": "data.num_classes",
 }
 
+# Those of the backbone of dense tasks.
+_OWNED_DENSE_ARGS = {
+    "type": "model.name",
+    "model": "model.name",
+    "checkpoint": "model.checkpoint",
+    "init_cfg": "model.checkpoint",
+    "out_indices": "model.head",
+    "frozen_stages": "model.frozen_stages",
+    "norm_eval": "model.norm_eval",
+    "with_cp": "model.grad_checkpointing",
+}
+
 
 def check(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
     """Yield what does not go together in a recipe of valid types.
@@ -370,7 +388,8 @@ def check(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
     elif not timm.is_model(model.name) or "." in model.name:
         nearest = _nearest(model.name, map(str, timm.list_models()), count=3)
         yield ("model.name",), f"expected a registered model, without a weights tag, got {_show(model.name)}{nearest}"
-    if owned := [f"{name} ({key} sets it)" for name, key in _OWNED_ARGS.items() if name in model.args]:
+    owners = _OWNED_ARGS if recipe.task == "classification" else _OWNED_ARGS | _OWNED_DENSE_ARGS
+    if owned := [f"{name} ({key} sets it)" for name, key in owners.items() if name in model.args]:
         yield ("model.args",), f"does not take {', '.join(owned)}"
     if optim.name not in (optimizers := [str(name) for name in timm.optim.list_optimizers()]):
         nearest = _nearest(optim.name, optimizers, count=3)

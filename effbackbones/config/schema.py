@@ -68,7 +68,7 @@ class DataConfig:
     crop_pct: float = key(0.875, "evaluation: side of the centre crop over that of the resized image", gt=0, le=1)
     interpolation: Literal["bilinear", "bicubic", "random"] = key("bicubic", "resampling of images")
     on_bad_image: Literal["error", "skip"] = key(
-        "error", "an image or annotation that cannot be used: stop, or skip and count it"
+        "error", "an image or annotation that cannot be used: stop, or skip and count it (as any box without area)"
     )
     max_bad_images: int = key(100, "stop after so many skipped images", ge=0)
     synthetic_images: int = key(256, "images of the synthetic source, for training and for evaluation", gt=0)

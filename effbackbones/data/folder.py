@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageOps
 from torchvision.datasets import ImageFolder
 
 from effbackbones.data.datasets import ImageSource
@@ -34,10 +34,13 @@ def _load_folder(folder: Path) -> ImageFolder:
         raise DataError(f"{folder}: {error} Every class needs images: fill or remove the folder") from error
 
 
-def load_image(path: str) -> Image.Image:
-    """Read an image file as RGB. Raises BadImageError where that fails for whatever reason."""
+def load_image(path: str, upright: bool = False) -> Image.Image:
+    """Read an image file as RGB; with `upright` turned as its EXIF orientation says, which mm does and torchvision not.
+
+    Raises BadImageError where that fails for whatever reason.
+    """
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
+            return (ImageOps.exif_transpose(image) if upright else image).convert("RGB")
     except Exception as error:  # Pillow's decoders raise nearly every built-in error on damaged files
         raise BadImageError(f"{path}: cannot be read as an image ({type(error).__name__}: {error})") from error

@@ -1,13 +1,17 @@
 """mm's configs with a backbone of the zoo in them.
 
 A head is an mm config of which the model is taken: its backbone is replaced, what takes the backbone's maps is made for
-ours, the rest stays as it is. Nothing is ever downloaded.
+ours, the rest stays as it is. Nothing is ever downloaded. The config is a program; a recipe's overrides of it are plain
+data, which names nothing but mm's own classes.
 """
 
 import copy
 import difflib
+import functools
 import logging
 import math
+import os
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,10 +21,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import mmcv.ops
 import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.logging import MMLogger
-from mmengine.registry import DefaultScope
+from mmengine.registry import MODELS, TASK_UTILS, WEIGHT_INITIALIZERS, DefaultScope
 from torch import Tensor, nn
 
 from effbackbones.config import Recipe, RecipeError
@@ -36,6 +41,14 @@ _OLD_SIZE = 128  # pixels a side at which the maps of a config's own backbone ar
 # What of a model takes no maps: all else may be a head.
 _NO_HEADS = ("type", "backbone", "neck", "data_preprocessor", "train_cfg", "test_cfg")
 
+# What makes mm load weights.
+_WEIGHTS = ("pretrained", "checkpoint", "checkpoint_path", "teacher_ckpt")
+
+# mm takes other text for files, which it may unpickle or run, and for expressions, which it evaluates.
+_WORD = re.compile(r"[\w-]*")
+
+_FORCE_WEIGHTS_ONLY, _FORCE_NO_WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+
 
 class HeadError(RecipeError):
     """An mm config that cannot be used with a backbone of ours; the message names the field."""
@@ -44,7 +57,7 @@ class HeadError(RecipeError):
 def load_head(name: str) -> Config:
     """Return the mm config `name`; its `default_scope` is the package that its model is of.
 
-    The config is a program: it is run, as mm runs it.
+    The config is a program: it is run, as mm runs it, once as long as its file stays the same.
 
     Args:
         name: `mmdet::FILE` or `mmseg::FILE`, relative to the config folder of the installed package, or a path.
@@ -59,7 +72,7 @@ def load_head(name: str) -> Config:
             f"{name}: no such file; expected a path, or mmdet::FILE or mmseg::FILE of the installed package"
         )
     try:
-        config = Config.fromfile(path)
+        config = copy.deepcopy(_run_config(path.resolve(), path.stat().st_mtime_ns))
     except Exception as error:  # a program can fail in any way
         raise HeadError(f"{name}: cannot be read: {type(error).__name__}: {error}") from error
     if in_package:
@@ -69,6 +82,11 @@ def load_head(name: str) -> Config:
     if not isinstance(config.get("model"), Mapping):
         raise HeadError(f"{name}: holds no model; expected the config of a detector or a segmentor")
     return config
+
+
+@functools.cache
+def _run_config(path: Path, modified: int) -> Config:
+    return Config.fromfile(path)
 
 
 def _packaged(name: str, package: str, file: str) -> Path:
@@ -94,15 +112,18 @@ def build_model(recipe: Recipe, classes: Sequence[str], sync_bn: bool = False) -
     The arguments are those of :func:`build_model_cfg`.
 
     Raises:
-        HeadError: The config cannot be read or cannot take the backbone's maps.
+        HeadError: The config cannot be read, cannot take the backbone's maps or holds the backbone deeper inside.
     """
     scope = load_head(str(recipe.model.head)).default_scope
     model_cfg = build_model_cfg(recipe, classes, sync_bn)
-    try:
+    with _naming(recipe.model.head):
         model = build_from_cfg(model_cfg, scope)
+        if not isinstance(getattr(model, "backbone", None), EffBackbone):
+            raise HeadError(
+                f"backbone: that of {model_cfg.type} is not EffBackbone; expected a plain detector or segmentor: "
+                "wrappers of several, such as teacher and student, train under mm's own runner"
+            )
         check_head(model, model_cfg, scope)
-    except HeadError as error:
-        raise HeadError(f"{recipe.model.head}: {error}") from error
     return model
 
 
@@ -116,7 +137,7 @@ def build_model_cfg(recipe: Recipe, classes: Sequence[str], sync_bn: bool = Fals
             otherwise they are plain ones.
 
     Raises:
-        HeadError: The config cannot be read or cannot take the backbone's maps.
+        HeadError: The config cannot be read or cannot take the backbone's maps, or an override is more than plain data.
     """
     cfg = recipe.model
     config = load_head(str(cfg.head))
@@ -128,18 +149,41 @@ def build_model_cfg(recipe: Recipe, classes: Sequence[str], sync_bn: bool = Fals
         "with_cp": cfg.grad_checkpointing,
         **cfg.args,
     }
-    try:
+    with _naming(cfg.head):
+        _check_plain(cfg.head_overrides, "model.head_overrides", _registered())
         model = swap_backbone(config.model, backbone_cfg, config.default_scope)
         old_classes = _count_classes(model)
         _merge(model, cfg.head_overrides, "model.head_overrides")
-        _refuse_downloads(model)
+        _refuse_weights(model)
         _set_classes(model, old_classes, len(classes))
         _set_preprocessing(model, recipe.data)
         if not sync_bn and _use_plain_batch_norms(model):
             log.warning("%s: its synchronised batch norms are plain ones, as they synchronise on CUDA only", cfg.head)
-    except HeadError as error:
-        raise HeadError(f"{cfg.head}: {error}") from error
     return model
+
+
+@contextmanager
+def _naming(head: str | None) -> Iterator[None]:
+    """Begin the message of every HeadError with the config."""
+    try:
+        yield
+    except HeadError as error:
+        raise HeadError(f"{head}: {error}") from error
+
+
+def predicts_masks(recipe: Recipe) -> bool:
+    """Return whether the head of a detection recipe, with its overrides, learns and predicts instance masks.
+
+    Raises:
+        HeadError: The config cannot be read, or an override does not fit it.
+    """
+    model = load_head(str(recipe.model.head)).model
+    with _naming(recipe.model.head):
+        _merge(model, recipe.model.head_overrides, "model.head_overrides")
+    return any(
+        node.get("mask_head") or node.get("panoptic_head") or "RTMDetIns" in str(node.get("type"))
+        for _, node in _nodes(model)
+    )
 
 
 def swap_backbone(model_cfg: Mapping[str, Any], backbone_cfg: Mapping[str, Any], scope: str) -> ConfigDict:
@@ -194,12 +238,12 @@ def _nodes(cfg: Any, field: str = "") -> Iterator[tuple[str, ConfigDict]]:
 
 
 def _forget_weights(node: ConfigDict) -> None:
-    """Take away what makes mm load weights."""
+    """Take away the pretrained weights of a module."""
     node.pop("pretrained", None)
     inits = node.get("init_cfg")
     inits = inits if isinstance(inits, (list, tuple)) else [inits]
-    if any(init and init.get("type") == "Pretrained" for init in inits):
-        node.init_cfg = [init for init in inits if init and init.get("type") != "Pretrained"] or None
+    if any(init and "checkpoint" in init for init in inits):
+        node.init_cfg = [init for init in inits if init and "checkpoint" not in init] or None
 
 
 def _old_maps(backbone_cfg: ConfigDict, scope: str) -> list[tuple[int, int]]:
@@ -363,7 +407,13 @@ def _set_classes(model: ConfigDict, old: tuple[int, int], classes: int) -> None:
 
 
 def _set_preprocessing(model: ConfigDict, data: DataConfig) -> None:
-    """Have the images, which mm reads as BGR from 0 to 255, made normalised RGB, and crops padded to their own size."""
+    """Have the images, which mm reads as BGR from 0 to 255, made normalised RGB, and crops padded to their own size.
+
+    Raises:
+        HeadError: The model has no preprocessor.
+    """
+    if not model.get("data_preprocessor"):
+        raise HeadError("data_preprocessor: the model has none, and would get unnormalised BGR; expected mm's")
     for _, node in _nodes(model):
         preprocessor = node.get("data_preprocessor")
         if isinstance(preprocessor, dict) and "data_preprocessor" not in preprocessor:
@@ -382,6 +432,34 @@ def _use_plain_batch_norms(model: ConfigDict) -> bool:
     return bool(synchronised)
 
 
+def _registered() -> set[str]:
+    """Return what the `type` of an override may be: the classes that models are made of, and mmcv's operators."""
+    for package in PACKAGES:
+        _register(package)
+    names = set(mmcv.ops.__all__)
+    for registry in (MODELS, TASK_UTILS, WEIGHT_INITIALIZERS):
+        for each in (registry, *registry.children.values()):
+            names.update(each.module_dict)
+    return names
+
+
+def _check_plain(value: Any, field: str, types: set[str]) -> None:
+    """Raise an error where an override is more than plain data: mm imports and calls whatever a `type` names."""
+    if isinstance(value, Mapping):
+        for key, part in value.items():
+            if key in _WEIGHTS and part:
+                raise HeadError(f"{field}.{key}: {part!r} would be loaded: weights to start from are model.checkpoint")
+            if key != "type":
+                _check_plain(part, f"{field}.{key}", types)
+            elif not isinstance(part, str) or re.sub(r"^(mmengine|mmdet|mmseg)\.", "", part) not in types:
+                raise HeadError(f"{field}.type: {part!r} is no part of models; expected a class of mmdet or mmseg")
+    elif isinstance(value, (list, tuple)):
+        for i, part in enumerate(value):
+            _check_plain(part, f"{field}.{i}", types)
+    elif isinstance(value, str) and not _WORD.fullmatch(value):
+        raise HeadError(f"{field}: {value!r}; expected a word, as overrides name neither files nor expressions")
+
+
 def _merge(cfg: ConfigDict, overrides: Mapping[str, Any], field: str) -> None:
     """Merge overrides into a config: mappings key by key, for a list into each of its entries, anything else whole.
 
@@ -389,30 +467,48 @@ def _merge(cfg: ConfigDict, overrides: Mapping[str, Any], field: str) -> None:
         HeadError: A mapping is given for something else.
     """
     for key, value in overrides.items():
-        old = cfg.get(key)
+        if key == "_delete_":
+            continue
         if not isinstance(value, Mapping):
             cfg[key] = copy.deepcopy(value)
-        elif old is None or value.get("_delete_"):
-            cfg[key] = ConfigDict({name: copy.deepcopy(part) for name, part in value.items() if name != "_delete_"})
-        else:
-            targets = old if isinstance(old, (list, tuple)) else [old]
-            if not targets or not all(isinstance(target, ConfigDict) for target in targets):
-                raise HeadError(
-                    f"{field}.{key}: a mapping cannot be merged into {old!r}; add `_delete_: true` to replace that"
-                )
-            for target in targets:
-                _merge(target, value, f"{field}.{key}")
+            continue
+        if cfg.get(key) is None or value.get("_delete_"):
+            cfg[key] = ConfigDict()
+        old = cfg[key]
+        targets = old if isinstance(old, (list, tuple)) else [old]
+        if not targets or not all(isinstance(target, ConfigDict) for target in targets):
+            raise HeadError(
+                f"{field}.{key}: a mapping cannot be merged into {old!r}; add `_delete_: true` to replace that"
+            )
+        for target in targets:
+            _merge(target, value, f"{field}.{key}")
 
 
-def _refuse_downloads(model: ConfigDict) -> None:
-    """Raise an error where the model would fetch something, such as the weights of a teacher."""
+def _refuse_weights(model: ConfigDict) -> None:
+    """Raise an error where the model would load or fetch something, such as the weights of a teacher."""
     for field, node in _nodes(model):
         for key, value in node.items():
-            if isinstance(value, str) and "://" in value:
-                place = f"{field}.{key}" if field else key
-                raise HeadError(f"{place}: {value} would be downloaded: set a file in model.head_overrides")
+            if (key in _WEIGHTS and value) or (isinstance(value, str) and "://" in value):
+                raise HeadError(
+                    f"{field}.{key}: ".lstrip(".") + f"{value} would be loaded: the only weights to start from are "
+                    "model.checkpoint; a model that needs others trains under mm's own runner"
+                )
 
 
+@contextmanager
+def _only_weights_unpickled() -> Iterator[None]:
+    """Keep mm, which unpickles whatever a file holds, to files of weights."""
+    names = (_FORCE_WEIGHTS_ONLY, _FORCE_NO_WEIGHTS_ONLY)
+    before = {name: os.environ.pop(name) for name in names if name in os.environ}
+    os.environ[_FORCE_WEIGHTS_ONLY] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[_FORCE_WEIGHTS_ONLY]
+        os.environ.update(before)
+
+
+@_only_weights_unpickled()
 def build_from_cfg(model_cfg: ConfigDict, scope: str) -> nn.Module:
     """Return the detector (scope `mmdet`) or segmentor (`mmseg`) of a model's config, its weights initialised.
 
@@ -425,14 +521,19 @@ def build_from_cfg(model_cfg: ConfigDict, scope: str) -> nn.Module:
     return model
 
 
+@_only_weights_unpickled()
 def _build(cfg: ConfigDict, scope: str, field: str) -> Any:
-    import_module(f"{scope}.utils").register_all_modules(init_default_scope=False)
+    _register(scope)
     registry = import_module(f"{scope}.registry").MODELS
     with DefaultScope.overwrite_default_scope(scope):
         try:
             return registry.build(copy.deepcopy(cfg))
         except Exception as error:  # mm asserts, and passes on whatever its classes raise
             raise HeadError(f"{field}: {scope} cannot build it: {error}") from error
+
+
+def _register(package: str) -> None:
+    import_module(f"{package}.utils").register_all_modules(init_default_scope=False)
 
 
 @contextmanager

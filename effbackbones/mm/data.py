@@ -4,7 +4,8 @@ import contextlib
 import io
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -20,7 +21,7 @@ from PIL import Image
 from effbackbones.config import Recipe
 from effbackbones.data import BadImageError, DataError, RecipeData
 from effbackbones.data.datasets import BadImages, EvalSamples, TrainSamples
-from effbackbones.mm.config import load_head
+from effbackbones.mm.config import predicts_masks
 
 log = logging.getLogger(__name__)
 
@@ -55,8 +56,8 @@ class DenseData(RecipeData):
         self,
         train: BaseDataset,
         val: BaseDataset,
-        augment: Sequence[Transform],
-        test: Sequence[Transform],
+        augment: Transform,
+        test: Transform,
         recipe: Recipe,
     ) -> None:
         data, overfit = recipe.data, recipe.trainer.overfit
@@ -86,7 +87,7 @@ def build_data(recipe: Recipe) -> DenseData:
     flip = T.RandomFlip if recipe.task == "segmentation" else det.RandomFlip
     scale = cast(tuple[int, int], tuple(data.scale))
     if recipe.task == "detection":
-        masks = reads_masks(recipe)
+        masks = predicts_masks(recipe)
         train, val = (_open_coco(root, split, masks, data.on_bad_image) for split in ("train", "val"))
         changes = [*_resize(augment.resize, scale), flip(prob=augment.hflip)]
         photometric: Any = det.PhotoMetricDistortion
@@ -109,32 +110,17 @@ def build_data(recipe: Recipe) -> DenseData:
             f"data.num_classes={data.num_classes}, but {root} has {len(train_classes)} classes: correct it or leave it "
             "out"
         )
-    return DenseData(train, val, [*changes, _pack(recipe)], test_transforms(recipe), recipe)
+    return DenseData(train, val, T.Compose([*changes, _pack(recipe)]), test_transform(recipe), recipe)
 
 
-def reads_masks(recipe: Recipe) -> bool:
-    """Return whether the head of a detection recipe learns instance masks: whether its own pipeline reads them."""
-    loading = [
-        step for step in _dicts(load_head(str(recipe.model.head)).to_dict()) if step.get("type") == "LoadAnnotations"
-    ]
-    return any(step.get("with_mask", False) for step in loading)
-
-
-def _dicts(node: Any) -> Iterator[dict[str, Any]]:
-    if isinstance(node, dict):
-        yield node
-    for child in node.values() if isinstance(node, dict) else node if isinstance(node, (list, tuple)) else ():
-        yield from _dicts(child)
-
-
-def test_transforms(recipe: Recipe) -> list[Transform]:
+def test_transform(recipe: Recipe) -> Transform:
     """Return what makes a model's input of a read image; with `data.test_flip`, lists of it and its mirror image."""
     scale = cast(tuple[int, int], tuple(recipe.data.scale))
     resize = (det.Resize if recipe.task == "detection" else _ImageResize)(scale=scale, keep_ratio=True)
     if not recipe.data.test_flip:
-        return [resize, _pack(recipe)]
+        return cast(Transform, T.Compose([resize, _pack(recipe)]))
     flip = det.RandomFlip if recipe.task == "detection" else T.RandomFlip
-    return [T.TestTimeAug([[resize], [flip(prob=0.0), flip(prob=1.0)], [_pack(recipe)]])]
+    return cast(Transform, T.TestTimeAug([[resize], [flip(prob=0.0), flip(prob=1.0)], [_pack(recipe)]]))
 
 
 def read_image(image: Image.Image, path: str | Path) -> dict[str, Any]:
@@ -171,14 +157,14 @@ class _ImageResize(T.Resize):
 
 
 class _Samples:
-    """What a dataset's pipeline reads, then further transforms.
+    """What a dataset's pipeline reads, then a further transform.
 
     Whatever goes wrong in reading is a BadImageError that names the image; what goes wrong later is an error of ours.
     """
 
-    def __init__(self, dataset: BaseDataset, transforms: Sequence[Transform]) -> None:
+    def __init__(self, dataset: BaseDataset, transform: Transform) -> None:
         self.dataset = dataset
-        self.transforms = T.Compose(list(transforms))
+        self.transform = transform
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -191,7 +177,7 @@ class _Samples:
         except Exception as error:  # readers of images, maps and masks raise nearly every built-in error
             path = self.dataset.get_data_info(index)["img_path"]
             raise BadImageError(f"{path}: cannot be used ({type(error).__name__}: {error})") from error
-        return self.transforms(sample)
+        return self.transform(sample)
 
 
 def _collate(samples: Sequence[Any]) -> dict[str, list[Any]]:
@@ -220,13 +206,20 @@ def _resize(policy: str, scale: tuple[int, int]) -> list[Transform]:
 
 
 class _Coco(CocoDataset):
-    """COCO's layout, whose classes are those of the annotation file, with what does not fit counted or refused."""
+    """COCO's layout, whose classes are those of the annotation file, with what does not fit counted or refused.
+
+    Boxes without area, of which COCO itself has some, are left out and counted whatever the policy.
+
+    Attributes:
+        unusable: Identifiers of the annotations that do not fit and are left out.
+    """
 
     COCOAPI: Any
 
     def __init__(self, policy: Policy, **kwargs: Any) -> None:
         self._policy = policy
         self._left_out: list[str] = []
+        self.unusable: set[int] = set()
         super().__init__(**kwargs)
 
     def load_data_list(self) -> list[dict[str, Any]]:
@@ -238,9 +231,20 @@ class _Coco(CocoDataset):
             samples = super().load_data_list()
         finally:
             del self.COCOAPI
+        if not samples:
+            raise DataError(f"{self.ann_file}: no images in it")
         if self._left_out:
             log.warning(
                 "%s: left out %d annotations, such as %s", self.ann_file, len(self._left_out), self._left_out[0]
+            )
+        return samples
+
+    def filter_data(self) -> list[dict[str, Any]]:
+        samples: list[dict[str, Any]] = super().filter_data()
+        if not samples:
+            raise DataError(
+                f"{self.ann_file}: nothing to train on: no image of it has an annotation and sides of at least "
+                f"{self.filter_cfg['min_size']} pixels"
             )
         return samples
 
@@ -249,16 +253,19 @@ class _Coco(CocoDataset):
         kept = []
         for annotation in raw_data_info["raw_ann_info"]:
             name = f"annotation {annotation['id']} of {image['file_name']}"
-            width, height = annotation["bbox"][2:]
-            mask = annotation.get("segmentation")
-            if annotation["category_id"] not in self.cat_ids:
-                self._refuse(f"{name}: category_id {annotation['category_id']}, which categories does not list")
+            box, mask = annotation["bbox"], annotation.get("segmentation")
+            problem = None
+            if not _is_box(box):
+                problem = f"bbox {box}, expected [x, y, width, height]"
+            elif annotation["category_id"] not in self.cat_ids:
+                problem = f"category_id {annotation['category_id']}, which categories does not list"
             elif isinstance(mask, dict) and list(mask["size"]) != [image["height"], image["width"]]:
-                self._refuse(
-                    f"{name}: a mask of {mask['size']}, expected {[image['height'], image['width']]} (rows, columns)"
-                )
-            elif width < 1 or height < 1 or annotation["area"] <= 0:
-                self._left_out.append(f"{name}: a box of {width} x {height} pixels, area {annotation['area']}")
+                problem = f"a mask of {mask['size']}, expected {[image['height'], image['width']]} (rows, columns)"
+            if problem:
+                self._refuse(f"{name}: {problem}")
+                self.unusable.add(annotation["id"])
+            elif min(box[2:]) < 1 or annotation["area"] <= 0:
+                self._left_out.append(f"{name}: a box of {box[2]} x {box[3]} pixels, area {annotation['area']}")
             else:
                 kept.append(annotation)
         return cast(dict[str, Any], super().parse_data_info({**raw_data_info, "raw_ann_info": kept}))
@@ -269,6 +276,11 @@ class _Coco(CocoDataset):
                 f"{self.ann_file}: {problem}. Repair the file, or set data.on_bad_image=skip to go on without such ones"
             )
         self._left_out.append(problem)
+
+
+def _is_box(box: Any) -> bool:
+    numbers = isinstance(box, list) and all(isinstance(x, (int, float)) and math.isfinite(x) for x in box)
+    return numbers and len(box) == 4
 
 
 def _open_coco(root: Path, split: str, masks: bool, policy: Policy) -> CocoDataset:
@@ -282,7 +294,7 @@ def _open_coco(root: Path, split: str, masks: bool, policy: Policy) -> CocoDatas
             f"{file}: no such file; data.root must hold annotations/, train2017/ and val2017/, as COCO does"
         )
     try:
-        dataset = _Coco(
+        return _Coco(
             policy,
             data_root=str(root),
             ann_file=str(file.relative_to(root)),
@@ -293,9 +305,6 @@ def _open_coco(root: Path, split: str, masks: bool, policy: Policy) -> CocoDatas
         )
     except (AssertionError, AttributeError, KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise DataError(f"{file}: not an annotation file of COCO's kind ({type(error).__name__}: {error})") from error
-    if not len(dataset):
-        raise DataError(f"{file}: no image of it has an annotation")
-    return dataset
 
 
 def _check_image_size(results: dict[str, Any]) -> dict[str, Any]:
@@ -307,6 +316,16 @@ def _check_image_size(results: dict[str, Any]) -> dict[str, Any]:
     return results
 
 
+class _ADE20K(BaseSegDataset):
+    """ADE20K's layout, whatever the classes."""
+
+    def load_data_list(self) -> list[dict[str, Any]]:
+        samples: list[dict[str, Any]] = super().load_data_list()
+        if not samples:
+            raise DataError(f"{self.data_prefix['img_path']}: no .jpg images in it")
+        return samples
+
+
 def _open_ade20k(root: Path, split: str) -> BaseSegDataset:
     """Open root/images/<split>/*.jpg and root/annotations/<split>/*.png, whose label 0 is no class."""
     classes = _ade20k_classes(root)
@@ -315,7 +334,7 @@ def _open_ade20k(root: Path, split: str) -> BaseSegDataset:
         if not folder.is_dir():
             raise DataError(f"{folder}: no such folder; data.root must hold images/ and annotations/, as ADE20K does")
     reading = [T.LoadImageFromFile(), seg.LoadAnnotations(), _LabelCheck(len(classes))]
-    dataset = BaseSegDataset(
+    return _ADE20K(
         data_root=str(root),
         data_prefix={"img_path": f"images/{split}", "seg_map_path": f"annotations/{split}"},
         metainfo={"classes": classes},
@@ -323,9 +342,6 @@ def _open_ade20k(root: Path, split: str) -> BaseSegDataset:
         pipeline=reading,
         test_mode=split == "validation",
     )
-    if not len(dataset):
-        raise DataError(f"{images}: no .jpg images in it")
-    return dataset
 
 
 def _ade20k_classes(root: Path) -> tuple[str, ...]:

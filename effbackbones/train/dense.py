@@ -2,8 +2,8 @@
 
 import copy
 from abc import abstractmethod
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from effbackbones.mm.config import build_model, with_flip
 from effbackbones.mm.data import pseudo_collate
 from effbackbones.mm.metrics import Metric, quiet
 from effbackbones.mm.optim import param_groups
+from effbackbones.mm.progress import tell_progress
+from effbackbones.train.callbacks.stop import total_steps
 from effbackbones.train.module import TrainingModule, has_sync_bn
 from effbackbones.train.optim import scaled_lr
 from effbackbones.viz.dense import contact_sheet, save_picture
@@ -41,11 +43,12 @@ class DenseModule(TrainingModule):
         # mmcv's operators do not take bf16: heads that use them run in float32 behind a mixed backbone and neck.
         uses_operators = any(type(module).__module__.startswith("mmcv.ops") for module in self.model.modules())
         self.mixed_trunk = recipe.trainer.precision != "32" and (recipe.task == "detection" or uses_operators)
+        self._in_mixed_trunk = False
         if self.mixed_trunk:
             for model in self.evaluated.values():
                 for part in filter(None, (model.backbone, getattr(model, "neck", None))):
-                    part.register_forward_pre_hook(_enter_autocast)
-                    part.register_forward_hook(_leave_autocast, always_call=True)
+                    part.register_forward_pre_hook(self._enter_trunk)
+                    part.register_forward_hook(self._leave_trunk, always_call=True)
 
     @abstractmethod
     def build_metric(self) -> Metric:
@@ -88,6 +91,8 @@ class DenseModule(TrainingModule):
             model._set_device(self.device)
 
     def forward_loss(self, batch: Batch) -> dict[str, Tensor]:
+        epochs = self.recipe.trainer.epochs
+        tell_progress(self.current_epoch, self.global_step, epochs, total_steps(self.trainer))
         with self._autocast():
             losses = self.model(**self.model.data_preprocessor(batch, True), mode="loss")
             return dict(self.model.parse_losses(losses)[1])
@@ -118,8 +123,23 @@ class DenseModule(TrainingModule):
         samples: list[Any] = tester.test_step(batch)
         return samples
 
-    def _autocast(self) -> AbstractContextManager[Any]:
-        return torch.autocast(self.device.type, enabled=False) if self.mixed_trunk else nullcontext()
+    @contextmanager
+    def _autocast(self) -> Iterator[None]:
+        """Keep the precision that is set, mixed or not, to backbone and neck where the head cannot have it."""
+        device = self.device.type
+        self._in_mixed_trunk = self.mixed_trunk and torch.is_autocast_enabled(device)
+        with torch.autocast(device, enabled=False) if self._in_mixed_trunk else nullcontext():
+            yield
+
+    def _enter_trunk(self, module: nn.Module, inputs: Any) -> None:
+        if self._in_mixed_trunk:
+            torch.set_autocast_enabled(self.device.type, True)
+
+    def _leave_trunk(self, module: nn.Module, inputs: Any, maps: Any) -> Any:
+        if not self._in_mixed_trunk:
+            return maps
+        torch.set_autocast_enabled(self.device.type, False)
+        return maps if maps is None else tuple(x_bchw.float() for x_bchw in maps)
 
     @torch.no_grad()
     def draw(self, out: Path) -> None:
@@ -132,21 +152,8 @@ class DenseModule(TrainingModule):
             if sample is None:  # it could not be read
                 continue
             (predicted,) = self.predict(self.model, [sample])
-            image = load_image(predicted.img_path)
+            image = load_image(predicted.img_path, upright=True)
             pairs.append((self.draw_sample(image, predicted), self.draw_truth(image, index)))
             if len(pairs) == DRAWN:
                 break
         save_picture(contact_sheet(pairs), out)
-
-
-def _enter_autocast(module: nn.Module, inputs: Any) -> None:
-    torch.set_autocast_enabled(_device(module), True)
-
-
-def _leave_autocast(module: nn.Module, inputs: Any, maps: Any) -> Any:
-    torch.set_autocast_enabled(_device(module), False)
-    return maps if maps is None else tuple(x_bchw.float() for x_bchw in maps)
-
-
-def _device(module: nn.Module) -> str:
-    return next(module.parameters()).device.type

@@ -6,7 +6,8 @@ import numpy as np
 from PIL import Image
 
 from effbackbones.config import Recipe, RecipeError
-from effbackbones.mm.data import read_instances, reads_masks
+from effbackbones.mm.config import predicts_masks
+from effbackbones.mm.data import read_instances
 from effbackbones.mm.metrics import Metric, average_precision
 from effbackbones.train.dense import DenseModule
 from effbackbones.viz.dense import draw_boxes
@@ -19,10 +20,14 @@ class DetectionModule(DenseModule):
     """Trains a detector of mmdet; evaluates boxes, and masks where the head predicts them, as COCO does."""
 
     def __init__(self, recipe: Recipe, classes: tuple[str, ...], recipe_yaml: str):
-        self.masks = reads_masks(recipe)
+        self.masks = predicts_masks(recipe)
         if self.masks and recipe.data.test_flip:
             raise RecipeError(
                 "data.test_flip: mm merges boxes only, and the head of this recipe predicts masks: leave it out"
+            )
+        if not self.masks and recipe.monitor.startswith("mask_ap"):
+            raise RecipeError(
+                f"trainer.monitor={recipe.monitor}: the head of this recipe predicts no masks: use box_ap"
             )
         super().__init__(recipe, classes, recipe_yaml)
 

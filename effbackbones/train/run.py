@@ -3,7 +3,8 @@
 import logging
 import shlex
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -141,18 +142,25 @@ def build_task(loaded: LoadedRecipe) -> tuple[TrainingModule, RecipeData]:
             recipe.data, recipe.augment, seed=recipe.trainer.seed, overfit=recipe.trainer.overfit
         )
         return ClassificationModule(recipe, data.classes, loaded.to_yaml()), data
-    try:
+    with needing_mm(f"task: {recipe.task}"):
         from effbackbones.mm.data import build_data as build_dense_data
         from effbackbones.train.detection import DetectionModule
         from effbackbones.train.segmentation import SegmentationModule
-    except ImportError as error:
-        raise RecipeError(
-            f"task: {recipe.task} needs mmdet and mmseg, but {error}: install them as the README says, and ask "
-            "`effb doctor` what is missing"
-        ) from error
     data = build_dense_data(recipe)
     module = DetectionModule if recipe.task == "detection" else SegmentationModule
     return module(recipe, data.classes, loaded.to_yaml()), data
+
+
+@contextmanager
+def needing_mm(what: str) -> Iterator[None]:
+    """Import the mm bridge in here: where that fails, it is a RecipeError that says what needs it and what to do."""
+    try:
+        yield
+    except ImportError as error:
+        raise RecipeError(
+            f"{what} needs mmdet and mmseg, but {error}: install them as the README says, and ask `effb doctor` what "
+            "is missing"
+        ) from error
 
 
 @rank_zero_only

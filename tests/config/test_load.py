@@ -89,6 +89,13 @@ def test_load_model_args_list_gives_way_to_mapping(write):
     assert load_recipe(name, ["model.args.a.b=1"]).recipe.model.args == {"a": {"b": 1}}
 
 
+def test_load_head_overrides_take_the_key_that_replaces_a_mapping(write):
+    name = write(f"{VALID}task: detection\n".replace("  name", "  head_overrides: {neck: {_delete_: true}}\n  name"))
+    loaded = load_recipe(name, [*DETECTION, "model.head_overrides.a.b._delete_=true"])
+    assert loaded.recipe.model.head_overrides == {"neck": {"_delete_": True}, "a": {"b": {"_delete_": True}}}
+    assert load_recipe(write(loaded.to_yaml(), "again.yaml")).recipe == loaded.recipe
+
+
 # Names, origins, dumping
 
 
@@ -191,6 +198,16 @@ def test_to_yaml_reads_back_equal(write):
         ("data.size: 3", "x.yaml:1: 'data.size': unknown key: keys are names such as batch_size, nested by section"),
         ("[1]: 3", "x.yaml:1: "),
         ("optim: {_target_: os.system}", "x.yaml:1: 'optim._target_': unknown key: keys are names"),
+        ("model: {args: {a: {_delete_: true}}}", "x.yaml:1: 'model.args.a._delete_': unknown key: keys are names"),
+        (
+            "model: {head_overrides: {_delete_: true}}",
+            "x.yaml:1: 'model.head_overrides._delete_': unknown key: keys are names",
+        ),
+        (
+            "model: {head_overrides: {neck: {_scope_: x}}}",
+            "x.yaml:1: 'model.head_overrides.neck._scope_': unknown key: keys are names",
+        ),
+        ("model: {head_overrides: {a._delete_: true}}", "x.yaml:1: 'model.head_overrides.a._delete_': unknown key"),
         ("run: {dir: '${oc.env:HOME}'}", "x.yaml:1: run.dir: '${oc.env:HOME}': $ is only for references"),
         ("run: {dir: '\\${run.force}'}", "x.yaml:1: run.dir: '\\\\${run.force}': $ is only for references"),
         ("run: {dir: $HOME/x}", "x.yaml:1: run.dir: '$HOME/x': $ is only for references"),
@@ -212,6 +229,7 @@ def test_load_bad_value_names_line_and_key(write, text, expected):
         ("=3", "command line: '=3': expected section.key=value"),
         ("data..size=3", "command line: 'data..size=3': expected section.key=value"),
         ("_target_=os.system", "command line: '_target_=os.system': expected section.key=value"),
+        ("model.args.a._delete_=1", "command line: 'model.args.a._delete_=1': expected section.key=value"),
         ("data.size=[1", "command line: data.size: cannot be read as YAML: "),
         ("data.sise=3", "command line: data.sise: unknown key; nearest: data.size"),
         ("data=3", "command line: data: expected a mapping of keys, got 3"),
@@ -308,6 +326,19 @@ def test_load_errors_of_base_file_and_overrides_come_together(write):
         (["model.name=resnet18.a1_in1k"], "command line: model.name: expected a registered model, without a weights"),
         (["model.name=hf-hub:timm/resnet18"], "command line: model.name: expected a registered model"),
         (["model.args={pretrained: true}"], "command line: model.args: does not take pretrained (model.checkpoint "),
+        *(
+            ([*DETECTION, f"model.args.{name}=1"], f"command line: model.args: does not take {name} ({key} sets it)")
+            for name, key in {
+                "type": "model.name",
+                "model": "model.name",
+                "checkpoint": "model.checkpoint",
+                "init_cfg": "model.checkpoint",
+                "out_indices": "model.head",
+                "frozen_stages": "model.frozen_stages",
+                "norm_eval": "model.norm_eval",
+                "with_cp": "model.grad_checkpointing",
+            }.items()
+        ),
         (["optim.name=adamv"], "command line: optim.name: expected an optimizer of timm, got 'adamv'; nearest: adam"),
         (["optim.betas=[0.9]"], "command line: optim.betas: expected two numbers"),
         (["data.mean=[0.5]"], "command line: data.mean: expected 3 numbers, one per channel, got [0.5]"),
@@ -367,6 +398,7 @@ def test_load_impossible_combination_is_one_error(write, overrides, expected):
         ["trainer.sync_bn=true"],
         ["trainer.sync_bn=true", "trainer.accelerator=cpu"],
         DETECTION,
+        [*DETECTION, "model.args.dense=false"],
         [*DETECTION, "trainer.monitor=mask_ap_ema", "ema.decay=0.9", "augment.resize=detr", "optim.backbone_lr=0.1"],
         ["data.source=synthetic", "data.num_classes=2", "data.root=null"],
     ],

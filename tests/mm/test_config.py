@@ -1,5 +1,7 @@
 """mm's configs with our backbones: what is found, what is set, what is refused, and what then trains."""
 
+import os
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,16 @@ from mmseg.structures import SegDataSample
 from torch import nn
 
 from effbackbones.config import RecipeError
-from effbackbones.mm.config import HeadError, build_model, build_model_cfg, check_head, load_head, swap_backbone
+from effbackbones.mm.config import (
+    HeadError,
+    build_from_cfg,
+    build_model,
+    build_model_cfg,
+    check_head,
+    load_head,
+    predicts_masks,
+    swap_backbone,
+)
 
 RETINANET = "mmdet::retinanet/retinanet_r50_fpn_1x_coco.py"
 DINO = "mmdet::dino/dino-4scale_r50_8xb2-12e_coco.py"
@@ -44,6 +55,16 @@ def write(folder: Path, text: str) -> str:
     path = folder / "own.py"
     path.write_text(text)
     return str(path)
+
+
+class Evil:
+    """What makes a folder as soon as it is unpickled."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.marker),)
 
 
 # Finding a config
@@ -95,6 +116,24 @@ def test_load_head_of_unknown_name_raises_with_what_is_near(name, message):
 def test_load_head_of_unusable_file_raises(tmp_path, text, message):
     with pytest.raises(HeadError, match=rf"own\.py: {message}"):
         load_head(write(tmp_path, text))
+
+
+def test_load_head_of_unchanged_file_runs_it_once_and_gives_a_copy(tmp_path):
+    name = write(tmp_path, f"""
+open({str(tmp_path / "runs")!r}, "a").write("x")
+default_scope = "mmdet"
+model = dict(type="RetinaNet")
+""")  # fmt: skip
+    load_head(name).model.type = "Other"
+    assert load_head(name).model.type == "RetinaNet"
+    assert (tmp_path / "runs").read_text() == "x"
+
+
+def test_load_head_of_rewritten_file_reads_it_anew(tmp_path):
+    name = write(tmp_path, "default_scope = 'mmdet'\nmodel = dict(type='RetinaNet')")
+    load_head(name)
+    write(tmp_path, "default_scope = 'mmseg'\nmodel = dict(type='EncoderDecoder')")
+    assert load_head(name).model.type == "EncoderDecoder"
 
 
 # Swapping
@@ -301,17 +340,17 @@ def test_build_model_cfg_merges_overrides_last():
     overrides = {
         "rpn_head": {"loss_cls": {"loss_weight": 0.5}},
         "roi_head": {"bbox_head": {"num_classes": 9}},
-        "neck": {"_delete_": True, "type": "Other"},
+        "neck": {"_delete_": True, "type": "mmdet.PAFPN", "norm_cfg": {"_delete_": True, "type": "BN"}},
         "test_cfg": {"rcnn": {"max_per_img": 7}},
         "new": {"a": {"b": 1}},
     }
     model = build_model_cfg(recipe(MASK_RCNN, overrides), CLASSES)
     assert model.rpn_head.loss_cls == {"type": "CrossEntropyLoss", "use_sigmoid": True, "loss_weight": 0.5}
     assert (model.roi_head.bbox_head.num_classes, model.roi_head.mask_head.num_classes) == (9, 5)
-    assert model.neck == {"type": "Other"}
+    assert model.neck == {"type": "mmdet.PAFPN", "norm_cfg": {"type": "BN"}}
     assert model.test_cfg.rcnn.max_per_img == 7
     assert model.new.a.b == 1
-    assert overrides["neck"] == {"_delete_": True, "type": "Other"}
+    assert overrides["neck"]["_delete_"] is True
 
 
 def test_build_model_cfg_merges_a_mapping_into_each_entry_of_a_list():
@@ -340,10 +379,109 @@ def test_build_model_cfg_of_region_proposals_alone_raises():
 
 def test_build_model_cfg_of_head_that_would_download_raises_and_names_the_field():
     head = "mmdet::ld/ld_r18-gflv1-r101_fpn_1x_coco.py"
-    with pytest.raises(
-        HeadError, match=r"teacher_ckpt: https://\S+ would be downloaded: set a file in model\.head_over"
-    ):
+    with pytest.raises(HeadError, match=r": teacher_ckpt: https://\S+ would be loaded: .* model\.checkpoint; a model"):
         build_model_cfg(recipe(head), CLASSES)
+
+
+def test_build_model_cfg_without_data_preprocessor_raises_and_names_it(tmp_path):
+    text = f"_base_ = {load_head(RETINANET).filename!r}\nmodel = dict(data_preprocessor=None)"
+    with pytest.raises(HeadError, match=r"own\.py: data_preprocessor: the model has none"):
+        build_model_cfg(recipe(write(tmp_path, text)), CLASSES)
+
+
+# Overrides are plain data
+
+CALL = {"type": "subprocess.getoutput", "cmd": "touch marker"}
+
+
+@pytest.mark.parametrize(
+    ("head", "overrides", "message"),
+    [
+        (MASK_RCNN, {"data_preprocessor": {"batch_augments": [CALL]}},
+         r"data_preprocessor\.batch_augments\.0\.type: 'subprocess"),
+        (MASK_RCNN, {"neck": {"init_cfg": CALL}},
+         r"neck\.init_cfg\.type: 'subprocess\.getoutput' is no part of models"),
+        (MASK_RCNN, {"neck": {"type": "mmdet.utils.misc.get_test_pipeline_cfg"}}, r"neck\.type: 'mmdet\.utils\.misc"),
+        (MASK_RCNN, {"neck": {"type": ["FPN"]}}, r"neck\.type: \['FPN'\] is no part"),
+        (MASK_RCNN, {"test_cfg": {"rcnn": {"nms": {"type": "__import__('os').mkdir('marker')"}}}},
+         r"nms\.type: .* is no part"),
+        (MASK_RCNN, {"type": "KnowledgeDistillationSingleStageDetector", "teacher_config": "evil.py"},
+         r"teacher_config: 'evil\.py'; expected a word"),
+        (UPERNET, {"decode_head": {"loss_decode": {"class_weight": "evil.pkl"}}},
+         r"class_weight: 'evil\.pkl'; expected a word"),
+        (MASK_RCNN, {"neck": {"init_cfg": {"type": "Pretrained", "checkpoint": "evil.pkl"}}},
+         r"neck\.init_cfg\.checkpoint: 'evil\.pkl' would be loaded: .* are model\.checkpoint"),
+        (MASK_RCNN, {"teacher_ckpt": "evil.pkl"}, r"teacher_ckpt: 'evil\.pkl' would be loaded"),
+        (MASK_RCNN, {"roi_head": {"bbox_head": {"pretrained": "evil.pkl"}}},
+         r"bbox_head\.pretrained: 'evil\.pkl' would be loaded"),
+    ],
+    ids=["list", "init", "function", "kind", "expression", "config", "load", "pretrained", "teacher", "old"],
+)  # fmt: skip
+def test_build_model_of_override_that_is_more_than_data_raises_and_runs_nothing(
+    tmp_path, monkeypatch, head, overrides, message
+):
+    monkeypatch.chdir(tmp_path)
+    Path("evil.pkl").write_bytes(pickle.dumps(Evil(tmp_path / "marker")))
+    Path("evil.py").write_text("import os; os.mkdir('marker')")
+    with pytest.raises(HeadError, match=rf"^{head}: model\.head_overrides\..*{message}"):
+        build_model(recipe(head, overrides), CLASSES)
+    assert not Path("marker").exists()
+
+
+def test_build_model_cfg_takes_every_kind_of_type_that_models_have():
+    overrides = {
+        "neck": {"init_cfg": {"type": "Xavier", "layer": "Conv2d"}, "norm_cfg": {"type": "BN"}},
+        "roi_head": {"bbox_roi_extractor": {"roi_layer": {"type": "RoIAlign", "output_size": 7}}},
+        "train_cfg": {"rcnn": {"assigner": {"type": "mmdet.MaxIoUAssigner"}}},
+        "test_cfg": {"rcnn": {"nms": {"type": "soft_nms"}}},
+    }
+    model = build_model_cfg(recipe(MASK_RCNN, overrides), CLASSES)
+    assert model.neck.init_cfg == overrides["neck"]["init_cfg"]
+    assert model.test_cfg.rcnn.nms == {"type": "soft_nms", "iou_threshold": 0.5}
+
+
+@pytest.mark.parametrize("before", [{}, {"TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1"}], ids=["unset", "contrary"])
+def test_build_from_cfg_of_evil_pickle_does_not_run_it(tmp_path, monkeypatch, before):
+    for name in ("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in before.items():
+        monkeypatch.setenv(name, value)
+    torch.save(Evil(tmp_path / "marker"), tmp_path / "evil.pth")
+    cfg = build_model_cfg(recipe(RETINANET), CLASSES)
+    cfg.neck.init_cfg = {"type": "Pretrained", "checkpoint": str(tmp_path / "evil.pth")}
+    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+        build_from_cfg(cfg, "mmdet")
+    assert not (tmp_path / "marker").exists()
+    assert {name: value for name, value in os.environ.items() if name.startswith("TORCH_FORCE_")} == before
+
+
+# Masks
+
+MASKLESS = {"roi_head": {"mask_head": None, "mask_roi_extractor": None}}
+
+
+@pytest.mark.parametrize(
+    ("head", "overrides", "masks"),
+    [
+        (MASK_RCNN, {}, True),
+        (MASK_RCNN, MASKLESS, False),
+        (RETINANET, {}, False),
+        (RETINANET, {"mask_head": {"type": "CondInstMaskHead"}}, True),
+        (DINO, {}, False),
+        (MASK2FORMER, {}, True),
+        ("mmdet::solov2/solov2_r50_fpn_1x_coco.py", {}, True),
+        ("mmdet::cascade_rcnn/cascade-mask-rcnn_r50_fpn_1x_coco.py", {}, True),
+        ("mmdet::rtmdet/rtmdet-ins_s_8xb32-300e_coco.py", {}, True),
+        ("mmdet::rtmdet/rtmdet_s_8xb32-300e_coco.py", {}, False),
+    ],
+)
+def test_predicts_masks_is_true_of_heads_with_masks_after_the_overrides(head, overrides, masks):
+    assert predicts_masks(recipe(head, overrides)) is masks
+
+
+def test_predicts_masks_of_override_that_does_not_fit_raises_and_names_the_head():
+    with pytest.raises(HeadError, match=rf"^{RETINANET}: model\.head_overrides\.neck\.num_outs: a mapping cannot"):
+        predicts_masks(recipe(RETINANET, {"neck": {"num_outs": {"a": 1}}}))
 
 
 def test_build_model_cfg_error_names_the_head():
@@ -394,6 +532,26 @@ def test_build_model_runs_with_every_kind_of_head(head, overrides):
 def test_build_model_that_cannot_run_raises_and_names_the_field(head, overrides, message):
     with pytest.raises(HeadError, match=rf"^{head}: {message}"):
         build_model(recipe(head, overrides), CLASSES)
+
+
+def test_build_model_of_wrapped_detector_raises_and_names_the_backbone(tmp_path):
+    text = f"""
+_base_ = {load_head(RETINANET).filename!r}
+model = dict(
+    _delete_=True,
+    type="SemiBaseDetector",
+    detector={{{{_base_.model}}}},
+    data_preprocessor=dict(
+        type="MultiBranchDataPreprocessor", data_preprocessor={{{{_base_.model.data_preprocessor}}}}
+    ),
+    semi_train_cfg=dict(freeze_teacher=True),
+    semi_test_cfg=dict(predict_on="teacher"),
+)
+"""
+    with pytest.raises(
+        HeadError, match=r"own\.py: backbone: that of SemiBaseDetector is not EffBackbone; .* own runner"
+    ):
+        build_model(recipe(write(tmp_path, text)), CLASSES)
 
 
 def test_check_head_leaves_the_model_as_it_was():

@@ -163,6 +163,9 @@ def test_box_without_area_is_left_out_and_counted(tmp_path, root, caplog):
             lambda a: a.update(segmentation={"size": [5, 7], "counts": "0"}),
             r"a mask of \[5, 7\], expected \[96, 128\] \(rows, columns\)",
         ),
+        (lambda a: a.update(bbox=[1, 2, 3]), r"bbox \[1, 2, 3\], expected \[x, y, width, height\]"),
+        (lambda a: a.update(bbox=[1, 2, 3, float("nan")]), r"bbox \[1, 2, 3, nan\], expected"),
+        (lambda a: a.update(bbox=None), r"bbox None, expected"),
     ],
 )
 def test_annotation_that_does_not_fit_is_an_error_or_left_out(tmp_path, root, caplog, edit, problem):
@@ -171,6 +174,36 @@ def test_annotation_that_does_not_fit_is_an_error_or_left_out(tmp_path, root, ca
         build(tmp_path, "detection", root)
     build(tmp_path, "detection", root, "data.on_bad_image=skip")
     assert "left out 1 annotations" in caplog.text
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_annotation_file_without_images_is_an_error_with_its_name(tmp_path, root, split):
+    change(root, lambda content: content.update(images=[], annotations=[]), split)
+    with pytest.raises(DataError, match=rf"instances_{split}2017.json: no images in it"):
+        build(tmp_path, "detection", root)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda content: content.update(annotations=[]),
+        lambda content: content.pop("annotations"),
+        lambda content: [image.update(width=31) for image in content["images"]],
+    ],
+)
+def test_training_file_with_nothing_to_train_on_is_an_error_with_its_name(tmp_path, root, edit):
+    change(root, edit)
+    overrides = ["data.on_bad_image=skip"]  # masks do not fit narrower images either
+    with pytest.raises(DataError, match=r"instances_train2017.json: nothing to train on: no image of it has an annot"):
+        build(tmp_path, "detection", root, *overrides)
+
+
+@pytest.mark.parametrize("split", ["training", "validation"])
+def test_folder_without_images_to_segment_is_an_error_with_its_name(tmp_path, root, split):
+    for path in (root / "ade20k" / "images" / split).iterdir():
+        path.unlink()
+    with pytest.raises(DataError, match=rf"images/{split}: no .jpg images in it"):
+        build(tmp_path, "segmentation", root)
 
 
 def test_image_of_another_size_than_annotated_is_an_error(tmp_path, root):

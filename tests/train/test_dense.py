@@ -3,13 +3,16 @@
 import copy
 import json
 import math
+import shutil
 import subprocess
+import sys
 
 import pytest
 import timm
 
 pytest.importorskip("mmcv", reason="needs the mm extra")
 
+import mmcv
 import torch
 from lightning.pytorch import seed_everything
 from PIL import Image
@@ -19,7 +22,9 @@ from small_scenes import ROOTS, dense_recipe, scenes
 from effbackbones.checkpoint import CheckpointError, load_weights
 from effbackbones.cli import main
 from effbackbones.config import RecipeError
-from effbackbones.predict_dense import open_run, sample_of
+from effbackbones.data.folder import load_image
+from effbackbones.mm.data import read_image
+from effbackbones.predict_dense import device_of, open_run, sample_of
 from effbackbones.train.callbacks.finite import NonFiniteError
 from effbackbones.train.logger import read_metrics
 from effbackbones.train.run import build_task, evaluate
@@ -27,6 +32,7 @@ from effbackbones.train.run import build_task, evaluate
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 
 TASKS = ("detection", "segmentation")
+ORIENTATION = 0x0112  # EXIF tag
 METRICS = {"detection": ("box_ap", "box_ap50", "mask_ap"), "segmentation": ("miou", "macc", "aacc")}
 
 
@@ -104,6 +110,16 @@ def test_evaluation_gives_the_metrics_of_the_best_checkpoint(runs, task):
     assert evaluate(str(runs[task]))[metric] == pytest.approx(best, abs=1e-6)
 
 
+def test_run_evaluated_without_annotations_goes_on_to_its_end(tmp_path):
+    root = tmp_path / "coco"
+    shutil.copytree(scenes() / "coco", root)
+    file = root / "annotations" / "instances_val2017.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "annotations": []}))
+    folder = train(dense_recipe("detection", tmp_path / "run", [f"data.root={root}", "trainer.steps=2"]))
+    assert math.isnan(read_metrics(folder / "metrics.csv")[-1]["val/box_ap"])
+    assert checkpoint(folder)["global_step"] == 2
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_predict_draws_every_image_of_a_folder(runs, tmp_path, capsys, task):
     folder = tmp_path / "images"
@@ -115,6 +131,87 @@ def test_predict_draws_every_image_of_a_folder(runs, tmp_path, capsys, task):
     assert [line.split()[0] for line in lines] == ["1/2", "2/2"]
     assert sorted(path.name for path in (tmp_path / "seen").iterdir()) == ["0.jpg", "1.jpg"]
     assert Image.open(tmp_path / "seen" / "0.jpg").width >= 128
+
+
+def test_predict_keeps_the_subfolders_of_a_folder(runs, tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        Image.open(image_of("segmentation")).save(tmp_path / "images" / name / "0.jpg")
+    seen = tmp_path / "seen"
+    assert main(["predict", str(tmp_path / "images"), "--run", str(runs["segmentation"]), "--out", str(seen)]) == 0
+    assert sorted(str(path.relative_to(seen)) for path in seen.rglob("*.jpg")) == ["one/0.jpg", "two/0.jpg"]
+
+
+def test_predict_refuses_images_that_would_have_the_same_picture(runs, tmp_path, capsys):
+    for name in ("0.png", "0.webp"):
+        Image.open(image_of("segmentation")).save(tmp_path / name)
+    assert main(["predict", str(tmp_path), "--run", str(runs["segmentation"]), "--out", str(tmp_path / "seen")]) == 2
+    assert "seen/0.png: several of the images would have this picture" in capsys.readouterr().err
+
+
+def test_predict_refuses_to_overwrite_an_image(runs, tmp_path, capsys):
+    image = tmp_path / "0.jpg"
+    Image.open(image_of("segmentation")).save(image)
+    before = image.read_bytes()
+    assert main(["predict", str(tmp_path), "--run", str(runs["segmentation"]), "--out", str(tmp_path)]) == 2
+    assert f"{image}: a picture would overwrite this image" in capsys.readouterr().err
+    assert image.read_bytes() == before
+
+
+def test_predict_skips_a_file_that_cannot_be_read_and_says_so(runs, tmp_path, capsys):
+    (tmp_path / "0.jpg").write_bytes(b"no image")
+    Image.open(image_of("segmentation")).save(tmp_path / "1.jpg")
+    seen = tmp_path / "seen"
+    assert main(["predict", str(tmp_path), "--run", str(runs["segmentation"]), "--out", str(seen)]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"1/2  {tmp_path / '0.jpg'}: cannot be read as an image")
+    assert [path.name for path in seen.iterdir()] == ["1.jpg"]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_image_to_predict_is_turned_as_mm_turns_it(tmp_path, orientation):
+    path = tmp_path / "turned.jpg"
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    Image.open(image_of("detection")).save(path, exif=exif)
+    assert (read_image(load_image(str(path), upright=True), path)["img"] == mmcv.imread(path)).all()
+
+
+def test_prediction_of_a_turned_image_is_that_of_the_upright_one(runs, tmp_path):
+    module, exif = open_run(runs["segmentation"]), Image.Exif()
+    exif[ORIENTATION] = 6
+    upright, turned = tmp_path / "upright.png", tmp_path / "turned.png"
+    Image.open(image_of("segmentation")).save(upright)
+    Image.open(upright).transpose(Image.Transpose.ROTATE_90).save(turned, exif=exif)
+    one, other = (sample_of(module, path).seg_logits.data for path in (upright, turned))
+    assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "available", "device"),
+    [("auto", True, "cuda"), ("cuda", True, "cuda"), ("cpu", True, "cpu"), ("auto", False, "cpu")],
+)
+def test_prediction_is_on_the_gpu_unless_there_is_none_or_the_recipe_says_cpu(
+    tmp_path, monkeypatch, accelerator, available, device
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+    loaded = dense_recipe("detection", tmp_path / "run", [f"trainer.accelerator={accelerator}"])
+    assert device_of(loaded.recipe) == device
+
+
+@pytest.mark.parametrize("command", [["predict", "IMAGE", "--run", "RUN"], ["export", "mm", "RUN", "--out", "OUT"]])
+def test_command_without_mm_says_what_to_install(tmp_path, command):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "recipe.yaml").write_text(dense_recipe("detection", run).to_yaml())
+    paths = {"IMAGE": str(image_of("detection")), "RUN": str(run), "OUT": str(tmp_path / "out")}
+    code = "import sys; sys.modules['mmcv'] = None; from effbackbones.cli import main; sys.exit(main(sys.argv[1:]))"
+    arguments = [sys.executable, "-c", code, *(paths.get(argument, argument) for argument in command)]
+    done = subprocess.run(arguments, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "needs mmdet and mmseg" in done.stderr
+    assert "install them as the README says" in done.stderr
 
 
 @pytest.mark.parametrize("task", TASKS)

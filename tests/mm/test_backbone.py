@@ -8,7 +8,7 @@ import mmseg.registry
 import pytest
 import timm
 import torch
-from mm.small_heads import MASK_RCNN, build
+from mm.small_heads import CLASSES, MASK_RCNN, build, recipe
 from mmengine.logging import HistoryBuffer, MMLogger
 from mmengine.runner import save_checkpoint
 from models.test_contract import SMALLEST
@@ -17,6 +17,7 @@ from torch import nn
 
 from effbackbones.checkpoint import CheckpointError, load_weights, strip_wrappers
 from effbackbones.mm import EffBackbone
+from effbackbones.mm.config import build_from_cfg, build_model_cfg
 
 SMALL: dict[str, Any] = {"model": "uniformer_xxs", "depths": (1, 1, 1, 1)}
 
@@ -208,8 +209,9 @@ def test_init_weights_takes_the_file_of_a_pretrained_init_cfg(tmp_path):
 def test_init_weights_of_a_detector_reaches_the_backbone(tmp_path):
     trained = timm_model(dense=True)
     path = write(trained.state_dict(), tmp_path / "w.pth")
-    detector = build(MASK_RCNN, {"backbone": {"checkpoint": path}})
-    assert same_weights(detector.backbone, trained)
+    config = build_model_cfg(recipe(MASK_RCNN), CLASSES)
+    config.backbone.checkpoint = path
+    assert same_weights(build_from_cfg(config, "mmdet").backbone, trained)
 
 
 def test_init_weights_of_another_model_raises_and_loads_nothing(tmp_path):

@@ -12,7 +12,17 @@ from effbackbones.layers import attention_report
 
 PACKAGES = (
     *("effbackbones", "torch", "torchvision", "numpy", "pillow", "timm", "lightning", "omegaconf", "pyyaml"),
-    *("torchmetrics", "safetensors", "matplotlib", "xformers", "tensorboard", "wandb", "webdataset", "datasets"),
+    *(
+        "torchmetrics",
+        "safetensors",
+        "matplotlib",
+        "contourpy",
+        "xformers",
+        "tensorboard",
+        "wandb",
+        "webdataset",
+        "datasets",
+    ),
     *("onnx", "onnxruntime", "onnxscript"),
     *("onedl-mmcv", "onedl-mmengine", "onedl-mmdetection", "onedl-mmsegmentation"),
 )

@@ -80,6 +80,17 @@ def test_bf16_trains_with_finite_losses(tmp_path, task):
     assert all(math.isfinite(row["train/loss"]) for row in read_metrics(folder / "metrics.csv") if "train/loss" in row)
 
 
+def test_mixed_precision_of_training_is_not_that_of_predictions(tmp_path):
+    folder = train(dense_recipe("detection", tmp_path / "run", ["trainer.precision=bf16", "trainer.steps=2"]))
+    module = open_run(folder)
+    assert module.mixed_trunk
+    mixed = sample_of(module, image_of("detection")).pred_instances
+    module.mixed_trunk = False
+    plain = sample_of(module, image_of("detection")).pred_instances
+    assert torch.equal(mixed.bboxes, plain.bboxes)
+    assert torch.equal(mixed.scores, plain.scores)
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_layer_decay_and_factor_of_the_backbone_set_the_rates(tmp_path, task):
     overrides = ["optim.layer_decay=0.5", "optim.backbone_lr=0.1", "trainer.steps=1", "schedule.name=constant"]

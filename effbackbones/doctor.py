@@ -12,17 +12,8 @@ from effbackbones.layers import attention_report
 
 PACKAGES = (
     *("effbackbones", "torch", "torchvision", "numpy", "pillow", "timm", "lightning", "omegaconf", "pyyaml"),
-    *(
-        "torchmetrics",
-        "safetensors",
-        "matplotlib",
-        "contourpy",
-        "xformers",
-        "tensorboard",
-        "wandb",
-        "webdataset",
-        "datasets",
-    ),
+    *("torchmetrics", "safetensors", "matplotlib", "contourpy", "xformers"),
+    *("tensorboard", "wandb", "webdataset", "datasets"),
     *("onnx", "onnxruntime", "onnxscript"),
     *("onedl-mmcv", "onedl-mmengine", "onedl-mmdetection", "onedl-mmsegmentation"),
 )

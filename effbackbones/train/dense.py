@@ -118,7 +118,8 @@ class DenseModule(TrainingModule):
             return self._predict(model, pseudo_collate(samples))
 
     def _predict(self, model: Any, batch: Batch) -> list[Any]:
-        batch = copy.deepcopy(batch)  # predictions are put into the samples, which the next model needs as they are
+        # Predictions are put into the samples, which the next model needs as they are.
+        batch = {**batch, "data_samples": copy.deepcopy(batch["data_samples"])}
         tester: Any = with_flip(model, self.recipe.task) if self.recipe.data.test_flip else model
         samples: list[Any] = tester.test_step(batch)
         return samples

@@ -9,11 +9,13 @@ import argparse
 import logging
 import re
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import timm
 import torch
 from timm.models import load_pretrained
 from torch import Tensor
@@ -25,8 +27,50 @@ _logger = logging.getLogger(__name__)
 KeyMap = Sequence[tuple[str, str | Callable[[re.Match[str]], str] | None]]
 
 
+HUB = "timm::"
+"""In front of the name of weights that timm fetches from its hub, such as timm::resnet50.a1_in1k."""
+
+
+LORA_SCALING = "lora_scaling"
+"""Entry of a checkpoint with adapters of LoRA: the factor on their product."""
+
+
 class CheckpointError(ValueError):
     """A weight file cannot be read, or does not fit the model."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a model took of a checkpoint.
+
+    Attributes:
+        source: The file, or the name of the hub.
+        tensors: How many tensors were taken.
+        fresh: Tensors of the model that keep their initial values.
+        left_out: Tensors of the checkpoint that the model has no place for.
+    """
+
+    source: str
+    tensors: int
+    fresh: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        fresh = _layers(self.fresh)
+        layers = {"fresh": fresh, "left out": [name for name in _layers(self.left_out) if name not in fresh]}
+        parts = [
+            f"{self.tensors} tensors loaded",
+            *(f"{what}: {_listed(names)}" for what, names in layers.items() if names),
+        ]
+        return f"Started from {self.source}: {'; '.join(parts)}"
+
+
+def _layers(keys: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(f"{key.rpartition('.')[0]}.*" for key in keys))
+
+
+def _listed(names: Sequence[str], most: int = 4) -> str:
+    return ", ".join([*names[:most], *([f"{len(names) - most} more"] if len(names) > most else [])])
 
 
 class _LeftOut:
@@ -86,11 +130,20 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, An
 
 
 def write_checkpoint(checkpoint: Mapping[str, Any], path: str | Path) -> None:
-    """Write a checkpoint to `path`; the file that was there stays until the new one is complete."""
+    """Write a checkpoint to `path`; the file that was there stays until the new one is complete.
+
+    Raises:
+        OSError: It cannot be written.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as part:
-        torch.save(checkpoint, part)
+    with replacing(path) as part, part.open("wb") as file:
+        try:
+            torch.save(checkpoint, file)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):  # which torch's own error says nothing of
+                raise error.__context__ from None
+            raise
 
 
 def _check_sums(path: Path) -> None:
@@ -137,7 +190,29 @@ def strip_wrappers(checkpoint: Mapping[str, Any], ema: bool = False, official_em
     if strange or not weights:
         found = f"entries that are no tensors: {', '.join(map(str, strange[:5]))}" if strange else "no weights"
         raise CheckpointError(f"the checkpoint holds {found}; expected a state dict, flat or under state_dict or model")
-    return weights
+    return _merged(weights, checkpoint.get(LORA_SCALING))
+
+
+_ADAPTED = re.compile(r"(.+)\.base_layer\.(\w+)")
+
+
+def _merged(weights: dict[str, Tensor], scaling: float | None) -> dict[str, Tensor]:
+    """Return weights with the adapters of LoRA, as peft names them, added to the layers they belong to."""
+    merged = {}
+    for key, value in weights.items():
+        if match := _ADAPTED.fullmatch(key):
+            layer, name = match.groups()
+            if name == "weight":
+                if scaling is None:
+                    raise CheckpointError(
+                        f"the checkpoint holds adapters of LoRA, but no {LORA_SCALING}: give the whole checkpoint"
+                    )
+                down, up = (weights[f"{layer}.lora_{part}.default.weight"] for part in "AB")
+                value = value + scaling * (up.flatten(1) @ down.flatten(1)).view_as(value)
+            key = f"{layer}.{name}"
+        if ".lora_" not in key:
+            merged[key] = value
+    return merged
 
 
 def _below(prefix: str, weights: Mapping[str, Any]) -> dict[str, Any]:
@@ -155,6 +230,11 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: Any) -> dict[str, Te
     Raises:
         CheckpointError: Keys are missing, unknown or of the wrong shape; the message names them all.
     """
+    return _fitted(state_dict, model, "a checkpoint")[0]
+
+
+def _fitted(state_dict: dict[str, Any], model: Any, source: str) -> tuple[dict[str, Tensor], Loaded]:
+    """Return what :func:`checkpoint_filter_fn` does, and what of it comes from `state_dict`, which the log says too."""
     weights = strip_wrappers(state_dict, official_ema=getattr(model, "official_ema", False))
     if not any(key.startswith("stages.0.blocks.") for key in weights):
         key_map = getattr(model, "official_keys", ())
@@ -166,17 +246,15 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: Any) -> dict[str, Te
     cfg = model.pretrained_cfg
 
     optional: tuple[str, ...] = ()
+    norms: list[str] = []
     if getattr(model, "dense", False):
         optional = ("norm.", "head.", "head_")
-        fresh = [key for key in own if key.startswith("norms.") and key not in weights]
-        if fresh:
-            _logger.info("Not in the checkpoint, left at their initial values: %s", ", ".join(fresh))
-        weights.update({key: own[key] for key in fresh})
+        norms = [key for key in own if key.startswith("norms.") and key not in weights]
+        weights.update({key: own[key] for key in norms})
     elif model.num_classes != cfg.get("num_classes", model.num_classes):
         optional = tuple(f"{name}." for name in _names(cfg["classifier"]))
     left_out = [key for key in weights if key.startswith(optional)]
-    if left_out:
-        _logger.info("In the checkpoint, not in the model or of other classes: %s", ", ".join(left_out))
+    taken = len(weights) - len(left_out) - len(norms)
 
     # The number of steps a batch norm has seen has no influence at a fixed momentum, and some files lack it.
     weights.update({k: own[k] for k in own if k.endswith("num_batches_tracked") and k not in weights})
@@ -202,7 +280,11 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: Any) -> dict[str, Te
         raise CheckpointError(
             f"the checkpoint does not fit {name}: " + "\n  ".join(problems) + "\nIs it a checkpoint of another variant?"
         )
-    return {key: value for key, value in weights.items() if key not in left_out}
+    weights = {key: value for key, value in weights.items() if key not in left_out}
+    fresh = (*norms, *(key for key in own if key not in weights))
+    loaded = Loaded(source, taken, fresh, tuple(left_out))
+    _logger.info("%s", loaded)
+    return weights, loaded
 
 
 def _names(entry: str | Sequence[str] | None) -> tuple[str, ...]:
@@ -235,43 +317,91 @@ def run_checkpoint(run: str | Path, which: str = "best") -> Path:
     raise CheckpointError(f"{run}: no checkpoint in {folder}; expected best.ckpt or last.ckpt: is it a run folder?")
 
 
-def load_weights(model: Any, path: str | Path, ema: bool = False, same_classes: bool = False) -> None:
+def _hub_weights(model: Any, name: str) -> dict[str, Tensor]:
+    """Return the weights that timm's hub has under `name`, an architecture, or one and a tag. This uses the network.
+
+    Raises:
+        CheckpointError: They are of another architecture than the model, there are none, or they cannot be had.
+    """
+    architecture = model.pretrained_cfg["architecture"]
+    if name.partition(".")[0] != architecture or not timm.models.is_model_pretrained(name):
+        known = [f"{HUB}{tagged}" for tagged in timm.list_pretrained(f"{architecture}.*")]
+        expected = f"one of {', '.join(known)}" if known else "a file or a run folder"
+        raise CheckpointError(f"{HUB}{name}: no weights of {architecture} in timm's hub; expected {expected}")
+    try:
+        weights: dict[str, Tensor] = timm.create_model(name, pretrained=True).state_dict()
+    except Exception as error:  # of timm, of the hub's client, of its transport
+        raise CheckpointError(
+            f"{HUB}{name}: cannot be fetched ({type(error).__name__}: {error}). Where there is no network, fetch the "
+            "file elsewhere and give its path"
+        ) from error
+    return weights
+
+
+_OTHER_CLASSES = -1
+"""Stands for the number of classes of a classifier that has other ones, perhaps as many."""
+
+
+def load_weights(
+    model: Any,
+    path: str | Path,
+    ema: bool = False,
+    same_classes: bool = False,
+    classes: Sequence[str] | None = None,
+) -> Loaded:
     """Load a weight file (official format or ours) or a run folder's best checkpoint into a model built by timm.
 
-    A classifier of another width than the model's is left out; weights of the first convolution are adapted to the
-    model's image channels.
+    Adapters of LoRA are added to the weights they belong to. A classifier of other classes than the model's is left
+    out; weights of the first convolution are adapted to the model's image channels.
 
     Args:
         model: A model of the zoo, or any other timm model.
-        path: Weight file or run folder.
+        path: Weight file, run folder, or `timm::NAME`, weights of this architecture that timm fetches from its hub.
         ema: Take the averaged weights, which must be there. Without it, those of an official checkpoint are taken where
             the published accuracy is theirs (`official_ema` of the model).
-        same_classes: Refuse a classifier of another width: for a model that is not going to be trained.
+        same_classes: Refuse a classifier of other classes: for a model that is not going to be trained.
+        classes: Names of the model's classes, to be compared with those that our checkpoints hold. Without either,
+            classes are other ones where they are of another number.
 
     Raises:
         CheckpointError: The file cannot be read or does not fit; nothing has been loaded then.
     """
-    path = run_checkpoint(path) if Path(path).is_dir() else Path(path)
-    checkpoint = read_checkpoint(path)
+    if str(path).startswith(HUB):
+        checkpoint: dict[str, Any] = _hub_weights(model, str(path).removeprefix(HUB))
+    else:
+        path = run_checkpoint(path) if Path(path).is_dir() else Path(path)
+        checkpoint = read_checkpoint(path)
     original = model.pretrained_cfg
+    loaded: list[Loaded] = []
+
+    def fit(state_dict: dict[str, Any], model: Any) -> dict[str, Tensor]:
+        weights, report = _fitted(state_dict, model, str(path))
+        loaded.append(report)
+        return weights
+
     try:
         weights = strip_wrappers(checkpoint, ema, getattr(model, "official_ema", False))
         cfg = {**original, "source": None, "state_dict": weights}
         name = cfg["classifier"] if isinstance(cfg["classifier"], str) else cfg["classifier"][0]
         classifier = weights.get(f"{name}.weight", weights.get("head.weight"))  # ours, official
-        classes = 0 if classifier is None else len(classifier)
-        if same_classes and classes != model.num_classes:
-            raise CheckpointError(f"made for {classes or 'no'} classes, expected {model.num_classes}")
-        cfg["num_classes"] = classes or cfg["num_classes"]
+        number = 0 if classifier is None else len(classifier)
+        named = checkpoint.get("classes") if classes is not None else None
+        renamed = isinstance(named, list) and named != list(classes or ())
+        if same_classes and number != model.num_classes:
+            raise CheckpointError(f"made for {number or 'no'} classes, expected {model.num_classes}")
+        if same_classes and renamed:
+            raise CheckpointError(f"made for the classes {_listed(named or ())}; expected {_listed(classes or ())}")
+        cfg["num_classes"] = _OTHER_CLASSES if renamed else number or cfg["num_classes"]
         model.pretrained_cfg = cfg  # which the filter reads
-        load_pretrained(model, cfg, model.num_classes, model.in_chans, filter_fn=checkpoint_filter_fn)
+        load_pretrained(model, cfg, model.num_classes, model.in_chans, filter_fn=fit)
     except (CheckpointError, RuntimeError) as error:
         raise CheckpointError(f"{path}: {error}") from error
     finally:
         model.pretrained_cfg = original
+    return loaded[0]
 
 
-def load_model_weights(model: Any, path: str | Path, ema: bool = False, same_classes: bool = False) -> None:
+def load_model_weights(model: Any, path: str | Path, ema: bool = False, same_classes: bool = False) -> Loaded:
     """Load weights into a detector or segmentor of mm whose backbone is an `EffBackbone`.
 
     A checkpoint of the same detector, ours or of mm's runner, is taken as a whole; what depends on the number of
@@ -300,9 +430,9 @@ def load_model_weights(model: Any, path: str | Path, ema: bool = False, same_cla
                 f"{path}: not a checkpoint of this model: {len(differing)} names differ, such as "
                 f"{', '.join(differing[:3])}; expected one of the same head and backbone"
             )
-        model.backbone.load_weights(path, ema)
-        _logger.info("%s: the weights of the backbone were taken; neck and head start fresh", path)
-        return
+        loaded: Loaded = model.backbone.load_weights(path, ema)
+        rest = (key for key in own if not key.startswith("backbone."))
+        return replace(loaded, fresh=(*loaded.fresh, *dict.fromkeys(f"{key.partition('.')[0]}.*" for key in rest)))
     misfits = [key for key, value in weights.items() if value.shape != own[key].shape]
     if misfits and (same_classes or any(key.startswith("backbone.") for key in misfits)):
         raise CheckpointError(
@@ -311,6 +441,6 @@ def load_model_weights(model: Any, path: str | Path, ema: bool = False, same_cla
                 f"{k}: {tuple(weights[k].shape)} in the checkpoint, {tuple(own[k].shape)} in the model" for k in misfits
             )
         )
-    if misfits:
-        _logger.info("%s: of other classes, left at their initial values: %s", path, ", ".join(misfits))
-    model.load_state_dict({key: value for key, value in weights.items() if key not in misfits}, strict=False)
+    weights = {key: value for key, value in weights.items() if key not in misfits}
+    model.load_state_dict(weights, strict=False)
+    return Loaded(str(path), len(weights), tuple(misfits), tuple(misfits))

@@ -3,8 +3,10 @@
 import argparse
 import fnmatch
 import json
+import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,10 @@ EXAMPLES = {
   effb train in1k/uniformer_small data.root=/data/imagenet     8 GPUs, as published
   effb train quickstart trainer.epochs=2 run.dir=runs/short    any key of `effb show` can be set
   effb train runs/quickstart                                   go on where that run stopped""",
+    "plan": """
+  effb plan in1k/uniformer_small --devices 8 data.root=/data/imagenet   memory by DDP and FSDP, batch, rate, steps
+  effb plan in1k/gc_vit_large --devices 32 --images 1281167 trainer.precision=bf16
+  effb plan in1k/uniformer_small --devices 64 --dry-run                 and a step as one of 64 ranks, on a CPU""",
     "eval": """
   effb eval runs/quickstart                                    the best checkpoint of a run
   effb eval in1k/uniformer_small model.checkpoint=uniformer_small_in1k.pth data.root=/data/imagenet""",
@@ -34,27 +40,37 @@ EXAMPLES = {
   effb predict photos/ --run runs/scenes/mask_rcnn --out seen  boxes and masks, or segmentations, in pictures
   effb predict *.jpg --model uniformer_small --checkpoint uniformer_small_in1k.pth""",
     "data": """
-  effb data scenes --out datasets/scenes                       1,000 small scenes in the layouts of COCO and ADE20K""",
+  effb data scenes --out datasets/scenes                       1,000 small scenes in the layouts of COCO and ADE20K
+  effb data check /data/imagenet --workers 16                  what a set holds, and every file that cannot be read""",
     "export": """
   effb export mm runs/scenes/mask_rcnn --out exported          config.py and weights.pth for mm's own tools""",
     "bench": """
   effb bench uniformer_small --vs attention=plain                    a model, and the same with plain attention
   effb bench uniformer_small --vs resnet50 --batch 1 64 --device cuda --dtype bfloat16 --out speed.json
   effb bench uniformer_small --vs compile=yes --mode inference train --size 224 256x320
-  effb bench uniformer_small --vs uniformer_small                    how far this machine's noise alone goes""",
+  effb bench uniformer_small --vs uniformer_small                    how far this machine's noise alone goes
+  effb bench data in1k/uniformer_small data.root=/data/imagenet      the loader alone; see effb bench data --help""",
     "doctor": """
   effb doctor                         versions, devices, what works here of attention and of mm, and why not""",
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `effb`; return the exit code: 0, 1 where a problem was found, 2 where the input was bad."""
+    """Run `effb`; return the exit code.
+
+    That is 0, 1 where a problem was found, 2 where the input was bad, 130 after Ctrl-C, and 143 where another signal
+    stopped a run, which then goes on with the same command.
+    """
     args = _parser().parse_args(argv)
     try:
         return COMMANDS[args.command](args)
+    except KeyboardInterrupt:
+        return 130
     except _input_errors() as error:
         print(f"effb {args.command}: {error}", file=sys.stderr)
         return 2
+    except _stopped() as stop:
+        return stop.code
 
 
 def _input_errors() -> tuple[type[Exception], ...]:
@@ -65,16 +81,46 @@ def _input_errors() -> tuple[type[Exception], ...]:
     from effbackbones.config import RecipeError
     from effbackbones.data import DataError
     from effbackbones.train.callbacks.finite import NonFiniteError
+    from effbackbones.train.callbacks.memory import MemoryLimitError
 
-    return BenchError, RecipeError, CheckpointError, DataError, NonFiniteError, MisconfigurationException, OSError
+    bad_settings = NonFiniteError, MemoryLimitError, MisconfigurationException
+    return BenchError, RecipeError, CheckpointError, DataError, OSError, *bad_settings
+
+
+def _stopped() -> type[Any]:
+    from effbackbones.train.callbacks.signals import StoppedError
+
+    return StoppedError
+
+
+BENCH_DATA = "bench data"
+
+
+class _Parser(argparse.ArgumentParser):
+    """Takes `bench data` as one command.
+
+    Attributes:
+        mixes: Whether options may stand between positional arguments.
+    """
+
+    mixes = False
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if self.mixes:
+            self.mixes = False  # what follows comes back here
+            return self.parse_known_intermixed_args(args, namespace)
+        args = list(sys.argv[1:] if args is None else args)
+        if args[:2] == BENCH_DATA.split():
+            args[:2] = [BENCH_DATA]
+        return super().parse_known_args(args, namespace)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("effb", description="Efficient vision backbones: list, train, evaluate, predict.")
+    parser = _Parser("effb", description="Efficient vision backbones: list, train, evaluate, predict.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(name: str, text: str) -> argparse.ArgumentParser:
+    def command(name: str, text: str) -> _Parser:
         return commands.add_parser(
             name,
             help=text,
@@ -93,6 +139,17 @@ def _parser() -> argparse.ArgumentParser:
     train = command("train", "train a recipe, or go on with a run")
     train.add_argument("recipe", help="name or path of a recipe, or a run folder")
     train.add_argument("overrides", **overrides)
+    plan = command("plan", "say what a recipe takes of each device, and what to look at before it runs")
+    plan.mixes = True
+    plan.add_argument("recipe", help="name or path of a recipe, or a run folder")
+    plan.add_argument("overrides", **overrides)
+    plan.add_argument("--devices", type=_positive, default=1, metavar="N", help="over all machines; default: 1")
+    plan.add_argument(
+        "--images", type=_positive, metavar="N", help="training images, where the dataset is not there to be counted"
+    )
+    plan.add_argument(
+        "--dry-run", action="store_true", help="also build, wrap and step as one of the N ranks, on a CPU, with noise"
+    )
     evaluate = command("eval", "evaluate a run or a checkpoint")
     evaluate.add_argument("target", help="run folder, or name or path of a recipe")
     evaluate.add_argument("overrides", **overrides)
@@ -105,13 +162,19 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument(
         "--out", metavar="DIR", help="where pictures of dense tasks go; default: predictions in the run folder"
     )
-    data = command("data", "make datasets").add_subparsers(dest="what", required=True, metavar="WHAT")
+    data = command("data", "make and check datasets").add_subparsers(dest="what", required=True, metavar="WHAT")
     scenes = data.add_parser("scenes", help="scenes of the images that ship, for detection and segmentation")
     scenes.add_argument("--out", required=True, metavar="DIR", help="a new folder, for coco/ and ade20k/")
     scenes.add_argument("--train", type=_positive, default=800, metavar="N", help="training scenes; default: 800")
     scenes.add_argument("--val", type=_positive, default=200, metavar="N", help="evaluation scenes; default: 200")
     scenes.add_argument("--size", type=_size, default=(192, 256), help="height x width; default: 192x256")
     scenes.add_argument("--seed", type=int, default=0, help="default: 0")
+    check = data.add_parser("check", help="read every image of a set for classification; say what is in it, and wrong")
+    check.add_argument("root", help="what data.root is: class folders, tar shards, or what `datasets` saved to disk")
+    workers = min(4, os.cpu_count() or 1)
+    check.add_argument(
+        "--workers", type=_positive, default=workers, metavar="N", help=f"processes that read; default here: {workers}"
+    )
     export = command("export", "write a run for other tools").add_subparsers(dest="what", required=True, metavar="WHAT")
     mm = export.add_parser("mm", help="an mm config and weights of a run of a dense task")
     mm.add_argument("run", help="run folder")
@@ -161,6 +224,23 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument(
         "--out", metavar="FILE.json", help="write everything there: samples, settings, machine, versions"
     )
+    text = "measure the loader of a recipe alone: images/s by number of workers, and what an image costs"
+    bench_data = commands.add_parser(BENCH_DATA, description=text)  # beside bench, whose arguments are names of models
+    bench_data.set_defaults(command="bench")
+    bench_data.mixes = True
+    bench_data.add_argument("recipe", help="name or path of a recipe, or a run folder")
+    bench_data.add_argument("overrides", **overrides)
+    bench_data.add_argument(
+        "--workers",
+        nargs="+",
+        type=_not_negative,
+        metavar="N",
+        help="numbers of loader processes; default: 0, 1, 2, 4 and so on up to the cores, and the recipe's",
+    )
+    bench_data.add_argument(
+        "--min-time", type=float, default=3.0, metavar="S", help="seconds to measure each; default: 3"
+    )
+    bench_data.add_argument("--out", metavar="FILE.json", help="write everything there: samples, machine, versions")
     command("doctor", "report versions, devices, attention backends and mmcv's operators")
     return parser
 
@@ -169,6 +249,10 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or not int(text):
         raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
     return int(text)
+
+
+def _not_negative(text: str) -> int:
+    return 0 if text == "0" else _positive(text)
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -212,6 +296,18 @@ def train(args: argparse.Namespace) -> int:
     return 0
 
 
+def plan(args: argparse.Namespace) -> int:
+    from effbackbones.plan import make_plan
+    from effbackbones.train.dry_run import dry_run
+    from effbackbones.train.run import load_target
+
+    loaded = load_target(args.recipe, args.overrides)
+    print(make_plan(loaded, args.devices, args.images))
+    if args.dry_run:
+        print(f"{'Dry run':14} {dry_run(loaded, args.devices)}")
+    return 0
+
+
 def evaluate(args: argparse.Namespace) -> int:
     from effbackbones.train.run import evaluate as run_evaluation
 
@@ -251,19 +347,30 @@ def predict(args: argparse.Namespace) -> int:
 
 
 def data(args: argparse.Namespace) -> int:
+    if args.what == "check":
+        from effbackbones.data.check import check_dataset
+
+        findings = check_dataset(Path(args.root), args.workers, _progress("images"))
+        print("\n".join(findings.lines()))
+        return 1 if findings.problems else 0
     from effbackbones.data.scenes import make_scenes
 
-    out, shown = Path(args.out), [0.0]
-    terminal = sys.stdout.isatty()
+    out = Path(args.out)
+    make_scenes(out, train=args.train, val=args.val, size=args.size, seed=args.seed, progress=_progress("scenes"))
+    print(f"detection     data.root={out / 'coco'}\nsegmentation  data.root={out / 'ade20k'}")
+    return 0
+
+
+def _progress(unit: str) -> Callable[[int, int], None]:
+    """Return what prints how much is done: over and over on a terminal, else every 10 seconds and at the end."""
+    shown, terminal = [0.0], sys.stdout.isatty()
 
     def progress(done: int, total: int) -> None:
         if terminal or done == total or time.monotonic() - shown[0] > 10:
             shown[0] = time.monotonic()
-            print(f"{done}/{total} scenes", end="\r" if terminal and done < total else "\n", flush=True)
+            print(f"{done}/{total} {unit}", end="\r" if terminal and done < total else "\n", flush=True)
 
-    make_scenes(out, train=args.train, val=args.val, size=args.size, seed=args.seed, progress=progress)
-    print(f"detection     data.root={out / 'coco'}\nsegmentation  data.root={out / 'ade20k'}")
-    return 0
+    return progress
 
 
 def export(args: argparse.Namespace) -> int:
@@ -278,7 +385,10 @@ def export(args: argparse.Namespace) -> int:
 
 
 def bench(args: argparse.Namespace) -> int:
-    from effbackbones.bench import NOTES, BenchError, Effort, Report, measure, plan, threads
+    from effbackbones.bench import NOTES, Effort, Report, measure, plan, threads
+
+    if "recipe" in args:
+        return _bench_data(args)
 
     groups = plan(
         args.names,
@@ -292,9 +402,7 @@ def bench(args: argparse.Namespace) -> int:
         compile=args.compile,
         dense=args.dense,
     )
-    out = Path(args.out) if args.out else None
-    if out and (out.is_dir() or not out.parent.is_dir()):
-        raise BenchError(f"--out {out}: expected a file in a folder that exists")
+    out = _output(args)
     effort = Effort(args.warmup, args.repeats, args.min_time)
     with threads(args.threads):
         report = Report(groups, effort)
@@ -305,6 +413,41 @@ def bench(args: argparse.Namespace) -> int:
                 report.write(out)
     print(NOTES)
     return 1 if report.failed else 0
+
+
+def _bench_data(args: argparse.Namespace) -> int:
+    from effbackbones.bench.data import HEAD, DataReport, measure_cost, measure_loader, worker_counts
+    from effbackbones.bench.report import cpu_count
+    from effbackbones.train.batch import device_batch
+    from effbackbones.train.run import load_target, open_data
+
+    loaded, out = load_target(args.recipe, args.overrides), _output(args)
+    recipe = loaded.recipe
+    devices = 1 if recipe.trainer.devices == "auto" else int(recipe.trainer.devices)
+    recipe.data.batch_size = device_batch(recipe, recipe.trainer.nodes * devices)
+    data = open_data(recipe)
+    report = DataReport(loaded, args.overrides, data, args.min_time)
+    print(report.heading(), flush=True)
+    print(report.add_cost(measure_cost(data, args.min_time)), flush=True)
+    print(HEAD)
+    warnings.filterwarnings("ignore", message="This DataLoader will create")  # more workers than cores, on purpose
+    for workers in args.workers or worker_counts(recipe.data.workers, cpu_count()):
+        recipe.data.workers = workers
+        speed = measure_loader(data.train_dataloader(), data.batch_size, args.min_time)
+        print(report.add(speed), flush=True)
+    print(report.conclusion())
+    if out:
+        report.write(out)
+    return 0
+
+
+def _output(args: argparse.Namespace) -> Path | None:
+    from effbackbones.bench import BenchError
+
+    out = Path(args.out) if args.out else None
+    if out and (out.is_dir() or not out.parent.is_dir()):
+        raise BenchError(f"--out {out}: expected a file in a folder that exists")
+    return out
 
 
 def doctor(args: argparse.Namespace) -> int:
@@ -342,6 +485,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "ls": ls,
     "show": show,
     "train": train,
+    "plan": plan,
     "eval": evaluate,
     "predict": predict,
     "data": data,

@@ -13,7 +13,7 @@ from effbackbones.layers import attention_report
 PACKAGES = (
     *("effbackbones", "torch", "torchvision", "numpy", "pillow", "timm", "lightning", "omegaconf", "pyyaml"),
     *("torchmetrics", "safetensors", "matplotlib", "contourpy", "xformers"),
-    *("tensorboard", "wandb", "webdataset", "datasets"),
+    *("tensorboard", "wandb", "webdataset", "datasets", "peft"),
     *("onnx", "onnxruntime", "onnxscript"),
     *("onedl-mmcv", "onedl-mmengine", "onedl-mmdetection", "onedl-mmsegmentation"),
 )

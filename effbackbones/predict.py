@@ -7,15 +7,16 @@ from typing import Any
 
 import timm
 import torch
-from timm.data import ImageNetInfo
 from torch import nn
 
 from effbackbones.checkpoint import load_weights, read_checkpoint, run_checkpoint
 from effbackbones.config import Recipe, RecipeError, check
+from effbackbones.config.load import pretrained_normalisation
 from effbackbones.config.schema import DataConfig, ModelConfig
 from effbackbones.data import DataError
+from effbackbones.data.classes import imagenet_classes, what_classes_show
 from effbackbones.data.datasets import Transform
-from effbackbones.data.folder import load_image
+from effbackbones.data.images import load_image
 from effbackbones.data.transforms import eval_transform
 from effbackbones.train.classification import build_model
 from effbackbones.train.run import load_target
@@ -68,11 +69,15 @@ class Predictor:
         classes = read_checkpoint(path)["classes"]
         model = build_model(recipe, len(classes))
         load_weights(model, path, recipe.monitor.endswith("_ema"), same_classes=True)
-        return cls(model, eval_transform(recipe.data), classes)
+        return cls(model, eval_transform(recipe.data), what_classes_show(classes))
 
     @classmethod
     def from_model(cls, name: str, checkpoint: str | Path) -> "Predictor":
-        """Open an ImageNet-1K checkpoint of a registered model, with the evaluation transform it is published with.
+        """Open ImageNet-1K weights of a registered model, with the evaluation transform they are published with.
+
+        Args:
+            name: The model.
+            checkpoint: As :func:`~effbackbones.checkpoint.load_weights` takes them.
 
         Raises:
             RecipeError: There is no model of that name.
@@ -83,7 +88,7 @@ class Predictor:
                 raise RecipeError(problem)
         model: Any = timm.create_model(name, num_classes=1000)
         load_weights(model, checkpoint, same_classes=True)
-        cfg = timm.data.resolve_model_data_config(model)
+        cfg = timm.data.resolve_model_data_config(model) | pretrained_normalisation(name, str(checkpoint))
         data = DataConfig(
             size=cfg["input_size"][-1],
             mean=list(cfg["mean"]),
@@ -91,8 +96,7 @@ class Predictor:
             crop_pct=cfg["crop_pct"],
             interpolation=cfg["interpolation"],
         )
-        names = ImageNetInfo()
-        return cls(model, eval_transform(data), [names.index_to_description(i) for i in range(model.num_classes)])
+        return cls(model, eval_transform(data), what_classes_show(imagenet_classes()))
 
     @torch.inference_mode()
     def __call__(self, paths: Sequence[str | Path], top: int = 5) -> Iterator[list[tuple[str, float]]]:

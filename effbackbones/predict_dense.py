@@ -10,7 +10,7 @@ import torch
 from effbackbones.checkpoint import read_checkpoint, run_checkpoint
 from effbackbones.config import Recipe, RecipeError
 from effbackbones.data import BadImageError, DataError
-from effbackbones.data.folder import load_image
+from effbackbones.data.images import load_image
 from effbackbones.mm.data import read_image, test_transform
 from effbackbones.train.dense import DenseModule
 from effbackbones.train.detection import SHOWN_SCORE, DetectionModule

@@ -20,6 +20,7 @@ from torch import Tensor
 import effbackbones  # noqa: F401
 from effbackbones.checkpoint import (
     CheckpointError,
+    Loaded,
     load_weights,
     read_checkpoint,
     run_checkpoint,
@@ -116,6 +117,31 @@ def test_strip_wrappers_keeps_the_checkpoint_as_it_is():
 def test_strip_wrappers_of_other_entries_raises_and_names_them(checkpoint, message):
     with pytest.raises(CheckpointError, match=message):
         strip_wrappers(checkpoint)
+
+
+def test_strip_wrappers_adds_adapters_of_lora_to_their_layers():
+    linear, conv = torch.randn(4, 3), torch.randn(4, 3, 1, 1)
+    down, up = torch.randn(2, 3), torch.randn(4, 2)
+    state = {
+        "fc.base_layer.weight": linear,
+        "fc.base_layer.bias": torch.ones(4),
+        "fc.lora_A.default.weight": down,
+        "fc.lora_B.default.weight": up,
+        "conv.base_layer.weight": conv,
+        "conv.lora_A.default.weight": down[..., None, None],
+        "conv.lora_B.default.weight": up[..., None, None],
+        "norm.weight": torch.ones(4),
+    }
+    weights = strip_wrappers({"state_dict": prefixed("model.", state), "lora_scaling": 0.5})
+    expected = {
+        "fc.weight": linear + 0.5 * up @ down,
+        "fc.bias": torch.ones(4),
+        "conv.weight": conv + 0.5 * (up @ down)[..., None, None],
+        "norm.weight": torch.ones(4),
+    }
+    assert weights.keys() == expected.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(weights[key], value)
 
 
 # Reading
@@ -357,6 +383,26 @@ def test_load_weights_takes_a_run_folder_and_its_averaged_weights(tmp_path):
     assert same(model.state_dict(), averaged.state_dict())
 
 
+def test_load_weights_returns_what_was_taken_and_what_was_not(tmp_path):
+    trained, model = tiny(num_classes=7), tiny(num_classes=5)
+    path = tmp_path / "weights.pth"
+    torch.save({k: v for k, v in trained.state_dict().items() if not k.endswith("num_batches_tracked")}, path)
+    loaded = load_weights(model, path)
+    heads = tuple(key for key in model.state_dict() if key.startswith("head"))
+    tensors = sum(not key.startswith("head") and not key.endswith("tracked") for key in model.state_dict())
+    assert loaded == Loaded(str(path), tensors, fresh=heads, left_out=heads)
+
+
+def test_loaded_says_it_in_a_line():
+    kept = ("a.b.weight", "a.b.bias", "c.weight")
+    assert str(Loaded("w.pth", 3)) == "Started from w.pth: 3 tensors loaded"
+    assert str(Loaded("w.pth", 3, kept)) == "Started from w.pth: 3 tensors loaded; fresh: a.b.*, c.*"
+    left_out = ("a.b.weight", *(f"d{i}.weight" for i in range(6)))
+    assert str(Loaded("w.pth", 3, kept, left_out)) == (
+        "Started from w.pth: 3 tensors loaded; fresh: a.b.*, c.*; left out: d0.*, d1.*, d2.*, d3.*, 2 more"
+    )
+
+
 def test_load_weights_of_other_classes_leaves_the_classifier_out(tmp_path):
     trained, model = tiny(num_classes=7), tiny(num_classes=5)
     torch.save(trained.state_dict(), tmp_path / "weights.pth")
@@ -365,6 +411,18 @@ def test_load_weights_of_other_classes_leaves_the_classifier_out(tmp_path):
     for key, value in model.state_dict().items():
         assert torch.equal(value, (before if key.startswith("head") else trained.state_dict())[key])
     assert model.pretrained_cfg["num_classes"] == 1000
+
+
+def test_load_weights_of_as_many_other_classes_leaves_the_classifier_out(tmp_path):
+    trained, model = tiny(num_classes=3), tiny(num_classes=3)
+    path = tmp_path / "last.ckpt"
+    torch.save({"state_dict": prefixed("model.", trained.state_dict()), "classes": ["cat", "dog", "emu"]}, path)
+    assert load_weights(model, path, classes=("cat", "dog", "emu")).fresh == ()
+    assert same(model.state_dict(), trained.state_dict())
+    loaded = load_weights(model, path, classes=("cat", "emu", "dog"))
+    assert loaded.fresh == loaded.left_out == tuple(key for key in model.state_dict() if key.startswith("head"))
+    with pytest.raises(CheckpointError, match="made for the classes cat, dog, emu; expected cat, emu, dog"):
+        load_weights(model, path, same_classes=True, classes=("cat", "emu", "dog"))
 
 
 @pytest.mark.parametrize(("entries", "made_for"), [("", "7"), ("head", "no")], ids=["other_width", "no_classifier"])
@@ -461,13 +519,15 @@ def test_atomic_io_whose_save_fails_keeps_the_previous_file_and_nothing_else(tmp
     path = tmp_path / "last.ckpt"
     AtomicCheckpointIO().save_checkpoint({"state_dict": WEIGHTS}, path)
 
-    def full_disk(content: Any, part: Path) -> None:
-        part.write_bytes(b"PK\x03\x04 half of it")
+    def full_disk(content: Any, file: Any) -> None:
+        file.write(b"PK\x03\x04 half of it")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full_disk)
-    with pytest.raises(OSError, match="No space left"):
-        AtomicCheckpointIO().save_checkpoint({"state_dict": AVERAGED}, path)
+    io = AtomicCheckpointIO()
+    with pytest.warns(UserWarning, match=r"last\.ckpt cannot be written: .*No space left on device"):
+        io.save_checkpoint({"state_dict": AVERAGED}, path)
+    assert not io.complete
     assert same(read_checkpoint(path)["state_dict"], WEIGHTS)
     assert os.listdir(tmp_path) == ["last.ckpt"]
 
@@ -486,8 +546,9 @@ def save(epoch):
 def die(*args):
     os.kill(os.getpid(), signal.SIGKILL)
 
-def die_half_way(content, part):
-    part.write_bytes(b"PK" * 500)
+def die_half_way(content, file):
+    file.write(b"PK" * 500)
+    file.flush()
     die()
 
 patches = {

@@ -73,7 +73,7 @@ def test_pyproject_excludes_every_malicious_release_by_name(name: str, release: 
 
 
 def test_packages_are_those_that_the_project_may_use() -> None:
-    used = [*requirements(), *requirements("xformers", "mm", "data", "export", "log")]
+    used = [*requirements(), *requirements("xformers", "mm", "data", "export", "log", "lora")]
     assert set(PACKAGES) == {"effbackbones", *(required.name for required in used)}
 
 

@@ -45,6 +45,7 @@ def make_scenes_runs(folder: Path) -> None:
         patch.chdir(folder)
         assert main(["train", "quickstart", "model.name=s2aformer_mini", "run.dir=runs/quickstart_s2aformer"]) == 0
         assert main(["train", "scenes/mask_rcnn"]) == 0
+        assert main(["train", "scenes/semantic_fpn"]) == 0
 
 
 def make_checkout(folder: Path) -> Path:

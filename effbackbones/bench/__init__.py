@@ -1,7 +1,8 @@
 """Speed and memory of models, operators and attention backends, compared within one run.
 
 What is measured is in `cases` (names and settings) and `subjects` (the call that is timed; `operators` for those of
-`effbackbones.ops`), how in `timing` and `memory`, what comes of it in `run` and `report`.
+`effbackbones.ops`), how in `timing` and `memory`, what comes of it in `run` and `report`. `data` is apart: it measures
+the loader of a recipe.
 """
 
 from effbackbones.bench.cases import BenchError, Case, plan

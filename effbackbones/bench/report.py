@@ -140,7 +140,7 @@ def environment(device: str) -> dict[str, Any]:
     gpu = torch.cuda.get_device_properties(torch.cuda.current_device()) if device == "cuda" else None
     return {
         "cpu": cpu_name(),
-        "cpus": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
+        "cpus": cpu_count(),
         "threads": torch.get_num_threads(),
         "gpu": f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB" if gpu else None,
         "cuda": torch.version.cuda if gpu else None,
@@ -152,6 +152,11 @@ def environment(device: str) -> dict[str, Any]:
         "versions": {**installed_versions(), "effbackbones": __version__, "torch": torch.__version__},
         "variables": {key: value for key, value in os.environ.items() if key.startswith("EFFBACKBONES_")},
     }
+
+
+def cpu_count() -> int:
+    """Return how many CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def cpu_name() -> str:

@@ -54,11 +54,11 @@ def paired_ratios(samples: Sequence[float], others: Sequence[float]) -> list[flo
 
 def seconds_per_call(call: Callable[[], None], calls: int, device: str) -> float:
     """Return the mean wall-clock time of `calls` calls, from an idle device to an idle one."""
-    _synchronize(device)
+    synchronize(device)
     start = time.perf_counter()
     for _ in range(calls):
         call()
-    _synchronize(device)
+    synchronize(device)
     return (time.perf_counter() - start) / calls
 
 
@@ -118,6 +118,7 @@ def no_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _synchronize(device: str) -> None:
+def synchronize(device: str) -> None:
+    """Wait until a device has done all that it was given."""
     if device == "cuda":
         torch.cuda.synchronize()

@@ -20,10 +20,11 @@ import yaml
 from omegaconf import OmegaConf
 
 from effbackbones.assets import list_recipes, recipe_dirs
-from effbackbones.config.schema import METRICS, Recipe
+from effbackbones.config.schema import METRICS, DataConfig, DistillConfig, LoraConfig, Recipe, ScheduleConfig
 
 COMMAND_LINE = "command line"
 DEFAULT = "default"
+OF_WEIGHTS = "weights"
 MAX_BYTES = 64 * 1024
 MAX_DEPTH = 16
 
@@ -374,6 +375,13 @@ _OWNED_DENSE_ARGS = {
 }
 
 
+# Those whose steps of shards are equal to their steps of whole tensors, and whose state is shaped like the parameters.
+SHARDED_OPTIMIZERS = (
+    *("adamw", "adam", "sgd", "momentum", "nadamw", "radam", "rmsprop", "lamb", "lars", "lion", "adan", "adopt"),
+    *("adabelief", "laprop"),
+)
+
+
 def check(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
     """Yield what does not go together in a recipe of valid types.
 
@@ -404,12 +412,22 @@ def check(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
     for key, values, limit in (("augment.scale", augment.scale, 1), ("augment.ratio", augment.ratio, math.inf)):
         if not (len(values) == 2 and 0 < values[0] <= values[1] <= limit):
             yield (key,), f"expected two increasing numbers above 0 and up to {limit}, got {values}"
+    stages = model.grad_checkpointing
+    if isinstance(stages, list) and (not stages or stages != sorted(set(stages) & set(range(4)))):
+        message = f"expected true, false, or increasing numbers of stages from 0 to 3, got {stages}"
+        yield ("model.grad_checkpointing",), message
+    if trainer.strategy == "fsdp" and optim.name not in SHARDED_OPTIMIZERS:
+        message = f"{optim.name} is not known to work with trainer.strategy=fsdp: use ddp, or one of "
+        yield ("optim.name", "trainer.strategy"), message + ", ".join(SHARDED_OPTIMIZERS)
     if data.source == "synthetic" and data.num_classes is None:
         yield ("data.num_classes", "data.source"), "required where data.source is synthetic"
     if data.source not in ("fashion_mnist", "synthetic") and data.root is None:
         yield ("data.root", "data.source"), f"required where data.source is {data.source}"
     yield from _check_task(recipe)
-    if data.batch_size % 2 and (augment.mixup or augment.cutmix):
+    yield from _check_shards(recipe)
+    yield from _check_transfer(recipe)
+    yield from _check_schedule(recipe.schedule)
+    if data.batch_size % 2 and (augment.mixup or augment.cutmix) and data.global_batch is None:
         keys: tuple[str, ...] = ("data.batch_size", "augment.mixup", "augment.cutmix")
         yield keys, f"expected an even number, as mixup and cutmix mix pairs, got {data.batch_size}"
     if recipe.schedule.warmup_epochs > trainer.epochs:
@@ -422,20 +440,27 @@ def check(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
 
 
 _SOURCES = {
-    "classification": ("fashion_mnist", "folder", "synthetic"),
+    "classification": ("fashion_mnist", "folder", "shards", "hf", "synthetic"),
     "detection": ("coco",),
     "segmentation": ("ade20k",),
 }
 
-# Keys that only classification heeds, and those that only dense tasks do.
+# Keys that only classification heeds, those that only dense tasks do, and all that a task does not heed.
 _IMAGE_KEYS = (
     *("model.channels_last", "model.drop_rate", "augment.scale", "augment.ratio", "augment.color_jitter"),
     *("augment.policy", "augment.erase", "augment.repeats", "augment.mixup", "augment.cutmix", "augment.smoothing"),
+    *("augment.mix_prob", "augment.switch_prob", "data.crop_pct", "data.interpolation", "data.synthetic_images"),
+    *("model.linear_probe", "lora", "distill"),
 )
 _DENSE_KEYS = (
-    *("model.head", "model.head_overrides", "model.frozen_stages", "data.scale", "data.test_flip", "augment.resize"),
+    *("model.head", "model.head_overrides", "data.scale", "data.test_flip", "augment.resize"),
     *("augment.zoom", "augment.photometric", "optim.backbone_lr", "optim.no_decay"),
 )
+_UNHEEDED = {
+    "classification": _DENSE_KEYS,
+    "detection": (*_IMAGE_KEYS, "augment.zoom", "data.size"),
+    "segmentation": (*_IMAGE_KEYS, "augment.resize"),
+}
 
 
 def _check_task(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
@@ -445,7 +470,7 @@ def _check_task(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
     if recipe.monitor.removesuffix("_ema") not in METRICS[task]:
         yield ("trainer.monitor", "task"), f"expected one of {', '.join(METRICS[task])} for {task}"
     values, defaults = dict(_leaves(asdict(recipe))), dict(_leaves(asdict(Recipe())))
-    for key in _DENSE_KEYS if task == "classification" else _IMAGE_KEYS:
+    for key in _UNHEEDED[task]:
         if any(
             values.get(leaf) != defaults.get(leaf) for leaf in {*values, *defaults} if f"{leaf}.".startswith(f"{key}.")
         ):
@@ -459,12 +484,86 @@ def _check_task(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
         yield ("augment.zoom",), f"expected two increasing numbers above 0, got {zoom}"
 
 
+def _check_shards(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
+    data, default = recipe.data, DataConfig()
+    for name in ("train_shards", "val_shards", "split_by_node"):
+        if data.source != "shards" and getattr(data, name) != getattr(default, name):
+            yield (f"data.{name}", "data.source"), f"has no effect where data.source is {data.source}: leave it out"
+    if data.split_by_node and recipe.trainer.overfit:
+        keys = "data.split_by_node", "trainer.overfit"
+        yield keys, "not beside trainer.overfit: nodes with images of their own would each evaluate others"
+    if data.split_by_node and data.shrink_batch:
+        keys = "data.shrink_batch", "data.split_by_node"
+        yield keys, "not beside data.split_by_node: nodes with images of their own would each have another batch size"
+
+
+def _check_transfer(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
+    import timm
+
+    from effbackbones.models._zoo import ZOO
+
+    model, lora, distill = recipe.model, recipe.lora, recipe.distill
+    of_stages = {
+        "model.frozen_stages": model.frozen_stages >= 0,
+        "model.grad_checkpointing": isinstance(model.grad_checkpointing, list),
+    }
+    for key, given in of_stages.items():
+        if given and model.name not in {row.model for row in ZOO}:
+            yield (key, "model.name"), f"{model.name} is no model of the zoo, all of which have stages"
+    if model.linear_probe:
+        for key, given in {"model.frozen_stages": model.frozen_stages >= 0, "lora.rank": lora.rank is not None}.items():
+            if given:
+                yield (key, "model.linear_probe"), "has no effect beside model.linear_probe, which trains no block"
+    if lora.rank is None and lora != LoraConfig():
+        yield ("lora", "lora.rank"), "has no effect without lora.rank: leave it out"
+    if distill.teacher is None:
+        if distill != DistillConfig():
+            yield ("distill", "distill.teacher"), "has no effect without distill.teacher: leave it out"
+        return
+    if not timm.is_model(distill.teacher) or "." in distill.teacher:
+        nearest = _nearest(distill.teacher, map(str, timm.list_models()), count=3)
+        message = f"expected a registered model, without a weights tag, got {_show(distill.teacher)}{nearest}"
+        yield ("distill.teacher",), message
+    if distill.checkpoint is None:
+        keys: tuple[str, ...] = ("distill.checkpoint", "distill.teacher")
+        yield keys, "required: the weights of the teacher, a file, a run folder or timm::NAME"
+    if not (distill.alpha or distill.features):
+        yield ("distill.alpha", "distill.features"), "expected one above 0: nothing of the teacher is learnt"
+    if distill.temperature != 1 and (distill.hard or not distill.alpha):
+        keys = "distill.temperature", "distill.hard", "distill.alpha"
+        yield keys, "has no effect where no probabilities are learnt: leave it out"
+
+
+# Keys of some of the schedules, and which these are.
+_SCHEDULE_KEYS = {
+    "decay_epochs": ("step",),
+    "decay_rate": ("step", "multistep"),
+    "milestones": ("multistep",),
+    "power": ("poly",),
+}
+
+
+def _check_schedule(schedule: ScheduleConfig) -> Iterator[tuple[tuple[str, ...], str]]:
+    for name, schedules in _SCHEDULE_KEYS.items():
+        default = getattr(ScheduleConfig(), name)
+        if schedule.name not in schedules and getattr(schedule, name) != default:
+            keys = f"schedule.{name}", "schedule.name"
+            yield keys, f"has no effect where schedule.name is {schedule.name}: leave it out, or at {default}"
+    milestones = schedule.milestones
+    if schedule.name == "multistep" and not (milestones and milestones == sorted(set(milestones))):
+        keys = "schedule.milestones", "schedule.name"
+        yield keys, f"expected increasing epochs where schedule.name is multistep, such as [8, 11], got {milestones}"
+
+
 # The whole
 
 
 @dataclass(frozen=True)
 class LoadedRecipe:
-    """A valid recipe, its name, its file and the origin of every key (file:line, "command line" or "default")."""
+    """A valid recipe, its name, its file and the origin of every key.
+
+    That is a file:line, "command line", "default", or "weights" for what is that of the model's pretrained weights.
+    """
 
     recipe: Recipe
     name: str
@@ -509,7 +608,30 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Load
             problems.append(_Problem(origin, keys[0], message))
     if problems:
         raise RecipeError("\n".join(map(str, problems)))
+    if recipe.task == "classification":
+        for key, values in pretrained_normalisation(recipe.model.name, recipe.model.checkpoint).items():
+            if f"data.{key}" not in origins and values != getattr(recipe.data, key):
+                setattr(recipe.data, key, values)
+                origins[f"data.{key}"] = OF_WEIGHTS
     return LoadedRecipe(recipe, name, path, {key: origins.get(key, DEFAULT) for key, _ in _leaves(asdict(recipe))})
+
+
+def pretrained_normalisation(name: str, checkpoint: str | None) -> dict[str, list[float]]:
+    """Return `mean` and `std` that the weights of a registered model go with, by its name and `model.checkpoint`.
+
+    They are those of a run folder's recipe, those of the weights in timm's hub, or those of the model's pretrained
+    config; nothing where it has none.
+    """
+    from timm.models import get_pretrained_cfg, is_model_pretrained
+
+    from effbackbones.checkpoint import HUB
+
+    if checkpoint is not None and (path := Path(checkpoint) / "recipe.yaml").is_file():
+        data = load_recipe(path).recipe.data
+        return {"mean": data.mean, "std": data.std}
+    tagged = checkpoint.removeprefix(HUB) if checkpoint is not None and checkpoint.startswith(HUB) else name
+    cfg = get_pretrained_cfg(tagged if is_model_pretrained(tagged) else name)
+    return {} if cfg is None else {"mean": list(cfg.mean), "std": list(cfg.std)}
 
 
 def explain(loaded: LoadedRecipe) -> list[tuple[str, Any, str, str]]:

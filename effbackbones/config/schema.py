@@ -24,7 +24,11 @@ METRICS = {"classification": ("top1", "loss"), "detection": ("box_ap", "mask_ap"
 @dataclass
 class ModelConfig:
     name: str = key("", "model of the timm registry, such as uniformer_small (required)")
-    checkpoint: str | None = key(None, "weights to start from: a weight file (official format or ours) or a run folder")
+    checkpoint: str | None = key(
+        None,
+        "weights to start from: a weight file (official format or ours), a run folder, or timm::NAME, those of the "
+        "model in timm's hub, such as timm::resnet50.a1_in1k: the network is used for these alone",
+    )
     drop_rate: float = key(0.0, "dropout in front of the classifier", ge=0, le=1)
     drop_path_rate: float = key(0.0, "stochastic depth of the last block; earlier blocks scale linearly", ge=0, le=1)
     args: dict[str, Any] = key({}, "further constructor arguments of the model, such as attention: window")
@@ -37,12 +41,14 @@ class ModelConfig:
         {}, "dense tasks: merged into the model of that config; a mapping given for a list changes each of its entries"
     )
     frozen_stages: int = key(
-        -1, "dense tasks: -1 trains everything; n keeps the stem and the first n stages as they are", ge=-1, le=4
+        -1, "-1 trains everything; n keeps the stem and the first n stages as they are", ge=-1, le=4
     )
+    linear_probe: bool = key(False, "train the classifier alone; all the rest stays as it is")
     norm_eval: bool = key(False, "keep the statistics of batch norms frozen while training")
-    grad_checkpointing: bool = key(
+    grad_checkpointing: bool | list[int] = key(
         False,
-        "recompute activations in the backward pass: less memory, slower; batch-norm statistics move twice a step",
+        "recompute activations in the backward pass: less memory, slower; batch-norm statistics move twice a step; a "
+        "list names the stages that do so, from 0 on, of models of the zoo",
     )
     compile: bool = key(False, "torch.compile the model: minutes of compilation, then faster steps")
     channels_last: bool = key(False, "store activations as NHWC: often faster convolutions")
@@ -50,21 +56,57 @@ class ModelConfig:
 
 @dataclass
 class DataConfig:
-    source: Literal["fashion_mnist", "folder", "synthetic", "coco", "ade20k"] = key(
-        "folder", "kind of dataset; coco is for detection, ade20k for segmentation, in the layouts of these sets"
+    source: Literal["fashion_mnist", "folder", "shards", "hf", "synthetic", "coco", "ade20k"] = key(
+        "folder",
+        "kind of dataset: folders of classes, shards (tar files in webdataset's layout), hf (what `datasets` saves to "
+        "disk); coco is for detection, ade20k for segmentation, in the layouts of these sets",
     )
     root: str | None = key(None, "where the dataset lies; fashion_mnist has the images that ship as its default")
-    num_classes: int | None = key(None, "number of classes; read from the dataset where null", gt=0)
+    train_shards: str = key(
+        "train*.tar",
+        "shards to train on, below data.root: a glob, a range such as train-{0000..0145}.tar, or a .txt list of them",
+    )
+    val_shards: str = key("val*.tar", "shards to evaluate, likewise")
+    split_by_node: bool = key(
+        False,
+        "node n of N trains on shards n, n + N, ... alone, and needs no others; an epoch is as many batches as the "
+        "node with the fewest images can fill, and takes an image at most once",
+    )
+    val_share: float = key(
+        0.1,
+        "share of each class that is evaluated where the folder of data.root holds classes alone, no train/ and val/; "
+        "which images these are is the same in every run",
+        gt=0,
+        le=0.9,
+    )
+    num_classes: int | None = key(
+        None, "number of classes; where null it is read from the dataset, that of shards from its classes.txt", gt=0
+    )
     size: int = key(224, "side of the square model input, for segmentation that of the training crop, pixels", ge=32)
     scale: list[int] = key(
         [1333, 800], "dense tasks: longer and shorter side that an image is resized to fit, its ratio kept, pixels"
     )
     test_flip: bool = key(False, "dense tasks: evaluate and predict with the mirrored image too, merged as mm does")
     batch_size: int = key(128, "training images per device and step", gt=0)
+    shrink_batch: bool = key(
+        False, "a training set of fewer images than a batch makes the batch smaller, instead of being an error"
+    )
+    global_batch: int | None = key(
+        None,
+        "images of one optimizer step over all devices: batch_size follows from it, over the number of devices and "
+        "trainer.accumulate, so that the batch stays when these change; null: it follows from batch_size",
+        gt=0,
+    )
     eval_batch_size: int | None = key(None, "evaluation images per device and step; null: batch_size", gt=0)
     workers: int = key(4, "loader processes per device; 0 loads in the training process", ge=0)
-    mean: list[float] = key([0.485, 0.456, 0.406], "per-channel mean taken off the input (0 to 1 scale)")
-    std: list[float] = key([0.229, 0.224, 0.225], "per-channel deviation the input is divided by (0 to 1 scale)")
+    mean: list[float] = key(
+        [0.485, 0.456, 0.406],
+        "per-channel mean taken off the input (0 to 1 scale); by default that of the weights the model starts from",
+    )
+    std: list[float] = key(
+        [0.229, 0.224, 0.225],
+        "per-channel deviation the input is divided by (0 to 1 scale); by default that of the weights, as the mean",
+    )
     crop_pct: float = key(0.875, "evaluation: side of the centre crop over that of the resized image", gt=0, le=1)
     interpolation: Literal["bilinear", "bicubic", "random"] = key("bicubic", "resampling of images")
     on_bad_image: Literal["error", "skip"] = key(
@@ -142,13 +184,38 @@ class EmaConfig:
 
 
 @dataclass
+class LoraConfig:
+    rank: int | None = key(
+        None, "LoRA: rank of what is added to the linear layers of the blocks, which rest themselves; null: off", gt=0
+    )
+    alpha: float = key(16.0, "LoRA: what is added counts alpha / rank times", gt=0)
+    dropout: float = key(0.0, "LoRA: dropout on the input of what is added, where a layer is called as one", ge=0, le=1)
+
+
+@dataclass
+class DistillConfig:
+    teacher: str | None = key(None, "model of the timm registry that is imitated; null: no distillation")
+    checkpoint: str | None = key(None, "weights of the teacher, named as in model.checkpoint")
+    alpha: float = key(0.5, "share of the teacher's logits in the loss, beside that of the labels", ge=0, le=1)
+    temperature: float = key(1.0, "what logits are divided by before they are compared", gt=0)
+    hard: bool = key(False, "learn the teacher's most probable class instead of its probabilities")
+    features: float = key(
+        0.0, "weight of the distance (1 - cosine) of a projection of the pooled features to the teacher's", ge=0
+    )
+
+
+@dataclass
 class TrainerConfig:
     epochs: int = key(300, "epochs of training", gt=0)
     steps: int | None = key(None, "optimizer steps to stop after, where that comes before the epochs", gt=0)
     accelerator: Literal["auto", "cpu", "cuda", "mps"] = key("auto", "kind of device")
     devices: int | str = key("auto", "devices per node: a number, or auto for all (one process on CPU)")
     nodes: int = key(1, "machines", gt=0)
-    strategy: Literal["auto", "ddp"] = key("auto", "how several devices work together")
+    strategy: Literal["auto", "ddp", "fsdp"] = key(
+        "auto",
+        "how several devices work together: ddp, or fsdp, which shards weights, gradients and optimizer; auto: ddp "
+        "where there are several",
+    )
     precision: Literal["32", "bf16", "fp16"] = key(
         "32", "32, or automatic mixed precision in bf16 or fp16; heads with operators of mmcv keep to 32"
     )
@@ -172,6 +239,10 @@ class TrainerConfig:
 class RunConfig:
     dir: str | None = key(None, "run folder; null: runs/<recipe name>")
     force: bool = key(False, "resume although the recipe differs from the one the run began with")
+    loggers: list[Literal["tensorboard", "wandb"]] | None = key(
+        None,
+        "where metrics go beside metrics.csv, [] for nowhere; wandb uses the network; null: tensorboard if installed",
+    )
 
 
 @dataclass
@@ -185,6 +256,8 @@ class Recipe:
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     run: RunConfig = field(default_factory=RunConfig)
 

@@ -3,6 +3,13 @@
 from collections.abc import Callable
 from pathlib import Path
 
+from lightning.fabric.plugins.environments import (
+    LightningEnvironment,
+    LSFEnvironment,
+    MPIEnvironment,
+    SLURMEnvironment,
+    TorchElasticEnvironment,
+)
 from timm.data import Mixup
 
 from effbackbones.config.schema import AugmentConfig, DataConfig
@@ -10,18 +17,29 @@ from effbackbones.data.datamodule import ImageData, RecipeData
 from effbackbones.data.datasets import LEFT_OUT, ImageSource
 from effbackbones.data.errors import BadImageError, DataError
 from effbackbones.data.fashion_mnist import FashionMnist
-from effbackbones.data.folder import load_folders
+from effbackbones.data.folder import load_folders, split_folder
+from effbackbones.data.hf import load_hf
+from effbackbones.data.shards import ShardImages, find_shards, shard_classes
 from effbackbones.data.synthetic import SyntheticImages
 
 __all__ = ["LEFT_OUT", "BadImageError", "DataError", "ImageData", "RecipeData", "build_data", "build_mixup"]
 
 
-def build_data(data: DataConfig, augment: AugmentConfig, *, seed: int, overfit: bool = False) -> ImageData:
-    """Open the dataset of a recipe. `seed` fixes order and augmentation; `overfit` is that of :class:`ImageData`.
+def build_data(
+    data: DataConfig, augment: AugmentConfig, *, seed: int, overfit: bool = False, nodes: int = 1
+) -> ImageData:
+    """Open the dataset of a recipe.
+
+    Args:
+        data: What to open.
+        augment: How to augment it.
+        seed: Fixes order and augmentation.
+        overfit: That of :class:`ImageData`.
+        nodes: Machines of the run.
 
     Raises DataError where the dataset is absent, damaged or not what the recipe says.
     """
-    train, val = _SOURCES[data.source](data, seed)
+    train, val = _SOURCES[data.source](data, seed, nodes)
     if data.num_classes not in (None, len(train.classes)):
         raise DataError(
             f"data.num_classes={data.num_classes}, but the {data.source} dataset has {len(train.classes)} classes: "
@@ -48,7 +66,7 @@ def build_mixup(augment: AugmentConfig, num_classes: int) -> Mixup | None:
     )
 
 
-def _fashion_mnist(data: DataConfig, seed: int) -> tuple[ImageSource, ImageSource]:
+def _fashion_mnist(data: DataConfig, seed: int, nodes: int) -> tuple[ImageSource, ImageSource]:
     if data.root is None:
         from effbackbones.assets import asset_dir
 
@@ -58,13 +76,40 @@ def _fashion_mnist(data: DataConfig, seed: int) -> tuple[ImageSource, ImageSourc
     return FashionMnist(root, "train"), FashionMnist(root, "t10k")
 
 
-def _folder(data: DataConfig, seed: int) -> tuple[ImageSource, ImageSource]:
+def _folder(data: DataConfig, seed: int, nodes: int) -> tuple[ImageSource, ImageSource]:
+    root = _root(data, "the folder that holds train/<class>/ and val/<class>/, or <class>/ alone")
+    split = (root / "train").is_dir() or (root / "val").is_dir()
+    return load_folders(root) if split else split_folder(root, data.val_share)
+
+
+def _shards(data: DataConfig, seed: int, nodes: int) -> tuple[ImageSource, ImageSource]:
+    root = _root(data, "the folder that holds the shards")
+    classes = shard_classes(root, data.num_classes)
+    train, val = find_shards(root, data.train_shards), find_shards(root, data.val_shards)
+    if data.split_by_node:
+        if len(train) < nodes:
+            raise DataError(f"data.split_by_node: {len(train)} shards in data.train_shards for {nodes} nodes")
+        train = train[_node() :: nodes]
+    return ShardImages(train, classes), ShardImages(val, classes)
+
+
+def _hf(data: DataConfig, seed: int, nodes: int) -> tuple[ImageSource, ImageSource]:
+    return load_hf(_root(data, "the folder that save_to_disk of a DatasetDict wrote"))
+
+
+def _root(data: DataConfig, what: str) -> Path:
     if data.root is None:
-        raise DataError("data.source=folder needs data.root: the folder that holds train/<class>/ and val/<class>/")
-    return load_folders(Path(data.root))
+        raise DataError(f"data.source={data.source} needs data.root: {what}")
+    return Path(data.root)
 
 
-def _synthetic(data: DataConfig, seed: int) -> tuple[ImageSource, ImageSource]:
+def _node() -> int:
+    """Return the number of this machine, before there is a Trainer to ask; it asks the same."""
+    environments = TorchElasticEnvironment, SLURMEnvironment, LSFEnvironment, MPIEnvironment
+    return next((kind for kind in environments if kind.detect()), LightningEnvironment)().node_rank()
+
+
+def _synthetic(data: DataConfig, seed: int, nodes: int) -> tuple[ImageSource, ImageSource]:
     if data.num_classes is None:
         raise DataError("data.source=synthetic needs data.num_classes")
     images, size, classes = data.synthetic_images, data.size, data.num_classes
@@ -72,8 +117,10 @@ def _synthetic(data: DataConfig, seed: int) -> tuple[ImageSource, ImageSource]:
     return train, val
 
 
-_SOURCES: dict[str, Callable[[DataConfig, int], tuple[ImageSource, ImageSource]]] = {
+_SOURCES: dict[str, Callable[[DataConfig, int, int], tuple[ImageSource, ImageSource]]] = {
     "fashion_mnist": _fashion_mnist,
     "folder": _folder,
+    "shards": _shards,
+    "hf": _hf,
     "synthetic": _synthetic,
 }

@@ -2,7 +2,7 @@
 
 import logging
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from typing import Any, Literal, Protocol
 
@@ -25,7 +25,10 @@ Transform = Callable[[Image.Image], Tensor]
 
 
 class ImageSource(Protocol):
-    """RGB images with their class indices; reading one may raise :class:`BadImageError`."""
+    """RGB images with their class indices; reading one may raise :class:`BadImageError`.
+
+    One whose images lie in files of many has `parts`, the images of each: its order of training is block-shuffled.
+    """
 
     @property
     def classes(self) -> Sequence[str]: ...
@@ -33,6 +36,12 @@ class ImageSource(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]: ...
+
+
+def class_differences(train: Iterable[str], val: Iterable[str]) -> list[str]:
+    """Say which classes only one split has; nothing where both have the same."""
+    only = {"train": set(train) - set(val), "val": set(val) - set(train)}
+    return [f"only in {split}: {', '.join(sorted(names))}" for split, names in only.items() if names]
 
 
 class BadImages:

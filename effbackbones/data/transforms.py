@@ -1,7 +1,11 @@
 """From PIL images to normalised tensors, by timm's transforms."""
 
+from itertools import chain
+from typing import Any
+
 from PIL import Image
 from timm.data import create_transform
+from timm.data.auto_augment import posterize
 from torchvision.transforms import Compose
 
 from effbackbones.config.schema import AugmentConfig, DataConfig
@@ -15,7 +19,7 @@ def train_transform(data: DataConfig, augment: AugmentConfig) -> Transform:
     Raises DataError where timm does not know augment.policy.
     """
     try:
-        return create_transform(
+        transform = create_transform(
             data.size,
             is_training=True,
             scale=tuple(augment.scale),  # type: ignore[arg-type]
@@ -35,6 +39,16 @@ def train_transform(data: DataConfig, augment: AugmentConfig) -> Transform:
             f"augment.policy={augment.policy!r} is no policy of timm ({error}): write one like rand-m9-mstd0.5-inc1, "
             "augmix-m3-w3 or original, or null"
         ) from error
+    for step in transform.transforms:
+        for op in getattr(step, "ops", None) or chain(*getattr(step, "policy", ())):
+            if getattr(op, "aug_fn", None) is posterize:
+                op.aug_fn = _posterize
+    return transform
+
+
+def _posterize(image: Image.Image, bits_to_keep: int, **options: Any) -> Image.Image:
+    """Posterize as timm does, to no bits too: timm's policies ask for that black image, Pillow refuses from 13 on."""
+    return posterize(image, bits_to_keep) if bits_to_keep else Image.new(image.mode, image.size)
 
 
 def eval_transform(data: DataConfig) -> Transform:

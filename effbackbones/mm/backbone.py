@@ -1,9 +1,7 @@
 """The zoo as one backbone type of mmengine."""
 
 import difflib
-import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +11,9 @@ from mmengine.model import BaseModule
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from effbackbones.checkpoint import load_weights
+from effbackbones.checkpoint import Loaded, load_weights
 from effbackbones.models._zoo import ZOO
+from effbackbones.train.freezing import freeze_stages, rest_batch_norms, rest_frozen
 
 STAGES = 4
 
@@ -35,7 +34,7 @@ class EffBackbone(BaseModule):
         drop_path_rate: Stochastic depth of the last block.
         frozen_stages: -1 trains everything, n keeps the stem and the first n stages as they are, in evaluation mode.
         norm_eval: Keep the statistics of batch norms frozen while training.
-        with_cp: Recompute activations in the backward pass.
+        with_cp: Recompute activations in the backward pass: of all stages, or of those in a list.
         init_cfg: mm's way of naming `checkpoint`: `dict(type='Pretrained', checkpoint=...)`.
         args: Further constructor arguments of the model, such as `attention='window'`.
 
@@ -55,7 +54,7 @@ class EffBackbone(BaseModule):
         drop_path_rate: float = 0.0,
         frozen_stages: int = -1,
         norm_eval: bool = False,
-        with_cp: bool = False,
+        with_cp: bool | Sequence[int] = False,
         init_cfg: Mapping[str, Any] | None = None,
         **args: Any,
     ):
@@ -85,9 +84,8 @@ class EffBackbone(BaseModule):
         self.feature_info = [self.model.feature_info[i] for i in taken]
         self._prune()
         if with_cp:
-            self.model.set_grad_checkpointing(True)
-        for module in self._frozen:
-            module.requires_grad_(False)
+            self.model.set_grad_checkpointing(True, None if with_cp is True else with_cp)
+        freeze_stages(self.model, frozen_stages)
         self.train()
 
     def _prune(self) -> None:
@@ -95,10 +93,6 @@ class EffBackbone(BaseModule):
         if self.model.dense:
             for i in set(range(len(self.model.norms))) - set(self.out_indices):
                 self.model.norms[i] = nn.Identity()
-
-    @property
-    def _frozen(self) -> list[nn.Module]:
-        return [] if self.frozen_stages < 0 else [self.model.stem, *self.model.stages[: self.frozen_stages]]
 
     def init_weights(self) -> None:
         """Load `checkpoint`, and say in mmengine's log what was loaded and what is not in it.
@@ -110,8 +104,8 @@ class EffBackbone(BaseModule):
         if self.checkpoint is not None:
             self.load_weights(self.checkpoint)
 
-    def load_weights(self, path: str | Path, ema: bool = False) -> None:
-        """Load the weights of a file or a run folder, of which this model may be a part.
+    def load_weights(self, path: str | Path, ema: bool = False) -> Loaded:
+        """Load the weights of a file or a run folder, of which this model may be a part; return what was taken.
 
         Args:
             path: As `checkpoint` of the class.
@@ -121,21 +115,18 @@ class EffBackbone(BaseModule):
             CheckpointError: The file cannot be read or does not fit; nothing has been loaded then.
         """
         whole = timm.create_model(self.name, **self._arguments)
-        with _told_to_mmengine(load_weights.__module__):
-            load_weights(whole, path, ema)
+        loaded = load_weights(whole, path, ema)
         weights = whole.state_dict()
         self.model.load_state_dict({key: weights[key] for key in self.model.state_dict()})
-        print_log(f"{self.name}: weights of {path} loaded", logger="current")
+        print_log(f"{self.name}: {loaded}", logger="current")
+        return loaded
 
     def train(self, mode: bool = True) -> "EffBackbone":
         """Set the mode of all but what is frozen."""
         super().train(mode)
-        for module in self._frozen:
-            module.eval()
+        rest_frozen(self.model)
         if self.norm_eval:
-            for module in self.modules():
-                if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                    module.eval()
+            rest_batch_norms(self.model)
         return self
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -143,22 +134,3 @@ class EffBackbone(BaseModule):
         maps = self.model.forward_intermediates(x, indices=list(self.out_indices), intermediates_only=True)
         # Operators of mmcv, RoIAlign among them, take memory for rows of channels-first maps whatever the strides say.
         return tuple(x_bchw.contiguous() for x_bchw in maps)
-
-
-class _ToMMEngine(logging.Handler):
-    def emit(self, record: logging.LogRecord) -> None:
-        print_log(record.getMessage(), logger="current", level=record.levelno)
-
-
-@contextmanager
-def _told_to_mmengine(name: str) -> Iterator[None]:
-    """Have what the logger `name` says in mmengine's log too."""
-    logger, handler = logging.getLogger(name), _ToMMEngine()
-    level = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-        logger.removeHandler(handler)

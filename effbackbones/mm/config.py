@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from effbackbones.config import Recipe, RecipeError
 from effbackbones.config.schema import DataConfig
+from effbackbones.files import replacing
 from effbackbones.mm.backbone import EffBackbone
 
 log = logging.getLogger(__name__)
@@ -37,6 +38,9 @@ log = logging.getLogger(__name__)
 PACKAGES = ("mmdet", "mmseg")
 
 _OLD_SIZE = 128  # pixels a side at which the maps of a config's own backbone are looked at
+
+# What of a config makes a model.
+_USED = ("custom_imports", "default_scope", "model")
 
 # What of a model takes no maps: all else may be a head.
 _NO_HEADS = ("type", "backbone", "neck", "data_preprocessor", "train_cfg", "test_cfg")
@@ -84,6 +88,32 @@ def load_head(name: str) -> Config:
     return config
 
 
+def store_head(name: str, path: Path) -> None:
+    """Write what :func:`load_head` takes of a config to a file of its own, which then stands for the config.
+
+    Raises:
+        HeadError: The config cannot be read, or holds what mm writes in no readable way, such as an infinite number.
+    """
+    config = Config(_used(load_head(name)), format_python_code=False)
+    with replacing(path) as part:
+        part.write_text(config.pretty_text, encoding="utf-8")
+    load_head(str(path))
+
+
+def same_head(one: str, other: str) -> bool:
+    """Return whether two names are of the same config, wherever each is written.
+
+    Raises:
+        HeadError: One of them cannot be read.
+    """
+    return _used(load_head(one)) == _used(load_head(other))
+
+
+def _used(config: Config) -> dict[str, Any]:
+    """Return the parts of a config that make a model."""
+    return {key: value for key, value in config.to_dict().items() if key in _USED}
+
+
 @functools.cache
 def _run_config(path: Path, modified: int) -> Config:
     return Config.fromfile(path)
@@ -97,13 +127,14 @@ def _packaged(name: str, package: str, file: str) -> Path:
     if spec is None or not spec.submodule_search_locations:
         raise HeadError(f"{name}: {package} is not installed; `effb doctor` says how to install the mm extra")
     folder = Path(spec.submodule_search_locations[0]) / ".mim" / "configs"
+    path = folder / file
+    if path.suffix == ".py" and path.is_file() and path.resolve().is_relative_to(folder.resolve()):
+        return path
     known = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.py"))
-    if file not in known:
-        elsewhere = [other for other in known if Path(other).name == Path(file).name]
-        nearest = elsewhere or difflib.get_close_matches(file, known, n=3)
-        hint = f"; nearest: {', '.join(f'{package}::{other}' for other in nearest)}" if nearest else ""
-        raise HeadError(f"{name}: {package} has no such config{hint}")
-    return folder / file
+    elsewhere = [other for other in known if Path(other).name == Path(file).name]
+    nearest = elsewhere or difflib.get_close_matches(file, known, n=3)
+    hint = f"; nearest: {', '.join(f'{package}::{other}' for other in nearest)}" if nearest else ""
+    raise HeadError(f"{name}: {package} has no such config{hint}")
 
 
 def build_model(recipe: Recipe, classes: Sequence[str], sync_bn: bool = False) -> nn.Module:

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -13,14 +14,18 @@ import mmcv.transforms as T
 import mmdet.datasets.transforms as det
 import mmseg.datasets.transforms as seg
 import numpy as np
+import torch
 from mmdet.datasets import CocoDataset
 from mmengine.dataset import BaseDataset, pseudo_collate
 from mmseg.datasets import ADE20KDataset, BaseSegDataset
 from PIL import Image
+from torch import Tensor
 
 from effbackbones.config import Recipe
 from effbackbones.data import BadImageError, DataError, RecipeData
 from effbackbones.data.datasets import BadImages, EvalSamples, TrainSamples
+from effbackbones.data.images import load_image
+from effbackbones.data.sampler import EpochBatches
 from effbackbones.mm.config import predicts_masks
 
 log = logging.getLogger(__name__)
@@ -72,7 +77,31 @@ class DenseData(RecipeData):
             seed=recipe.trainer.seed,
             overfit=overfit,
             collate=_collate,
+            batches=partial(OrientedBatches, train.upright) if isinstance(train, _Coco) else EpochBatches,
         )
+
+
+class OrientedBatches(EpochBatches):
+    """Batches of images that are all upright or all not, so that little is padded; the last of an epoch may mix them.
+
+    It is a global batch that is of one kind: the same images make it on any number of ranks.
+
+    Args:
+        upright: Whether each image is higher than wide, (images,) bool.
+        args: As of the base class, as is `options`.
+    """
+
+    def __init__(self, upright: Tensor, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.upright = upright
+
+    def _order(self, epoch: int) -> Tensor:
+        order, size = super()._order(epoch), self.batch_size * self.sharing * self.accumulate
+        upright = self.upright[order]
+        places = [place for kind in (upright, ~upright) for place in kind.nonzero().flatten().split(size)]
+        # A batch comes when it is full, at the last of its places; what fills none comes at the end.
+        places.sort(key=lambda place: (len(place) < size, place[-1:].tolist()))
+        return order[torch.cat(places)]
 
 
 def build_data(recipe: Recipe) -> DenseData:
@@ -125,7 +154,7 @@ def test_transform(recipe: Recipe) -> Transform:
 
 def read_image(image: Image.Image, path: str | Path) -> dict[str, Any]:
     """Return an RGB image as mm's transforms take one that was read."""
-    image_hwc = np.asarray(image)[..., ::-1]  # mm reads BGR
+    image_hwc = np.ascontiguousarray(np.asarray(image)[..., ::-1])  # mm reads BGR
     shape = image_hwc.shape[:2]
     return {"img": image_hwc, "img_path": str(path), "img_shape": shape, "ori_shape": shape}
 
@@ -212,9 +241,11 @@ class _Coco(CocoDataset):
 
     Attributes:
         unusable: Identifiers of the annotations that do not fit and are left out.
+        upright: Whether each image is higher than wide, (images,) bool.
     """
 
     COCOAPI: Any
+    upright: Tensor
 
     def __init__(self, policy: Policy, **kwargs: Any) -> None:
         self._policy = policy
@@ -246,6 +277,7 @@ class _Coco(CocoDataset):
                 f"{self.ann_file}: nothing to train on: no image of it has an annotation and sides of at least "
                 f"{self.filter_cfg['min_size']} pixels"
             )
+        self.upright = torch.tensor([sample["height"] > sample["width"] for sample in samples])
         return samples
 
     def parse_data_info(self, raw_data_info: dict[str, Any]) -> dict[str, Any]:
@@ -286,7 +318,7 @@ def _is_box(box: Any) -> bool:
 def _open_coco(root: Path, split: str, masks: bool, policy: Policy) -> CocoDataset:
     """Open root/annotations/instances_<split>2017.json and the images of root/<split>2017/."""
     file = root / "annotations" / f"instances_{split}2017.json"
-    reading = [T.LoadImageFromFile(), _check_image_size]
+    reading = [_load_image, _check_image_size]
     if split == "train":
         reading.append(det.LoadAnnotations(with_bbox=True, with_mask=masks))
     if not file.is_file():
@@ -305,6 +337,11 @@ def _open_coco(root: Path, split: str, masks: bool, policy: Policy) -> CocoDatas
         )
     except (AssertionError, AttributeError, KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise DataError(f"{file}: not an annotation file of COCO's kind ({type(error).__name__}: {error})") from error
+
+
+def _load_image(results: dict[str, Any]) -> dict[str, Any]:
+    path = results["img_path"]
+    return {**results, **read_image(load_image(path, upright=True), path)}
 
 
 def _check_image_size(results: dict[str, Any]) -> dict[str, Any]:
@@ -333,7 +370,7 @@ def _open_ade20k(root: Path, split: str) -> BaseSegDataset:
     for folder in (images, maps):
         if not folder.is_dir():
             raise DataError(f"{folder}: no such folder; data.root must hold images/ and annotations/, as ADE20K does")
-    reading = [T.LoadImageFromFile(), seg.LoadAnnotations(), _LabelCheck(len(classes))]
+    reading = [_load_image, seg.LoadAnnotations(), _LabelCheck(len(classes))]
     return _ADE20K(
         data_root=str(root),
         data_prefix={"img_path": f"images/{split}", "seg_map_path": f"annotations/{split}"},

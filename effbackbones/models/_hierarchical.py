@@ -134,11 +134,11 @@ class HierarchicalBackbone(nn.Module):
         return {"stem": r"^stem", "blocks": r"^stages\.(\d+)" if coarse else fine}
 
     @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute the activations of every block in the backward pass, or stop doing so."""
+    def set_grad_checkpointing(self, enable: bool = True, stages: Sequence[int] | None = None) -> None:
+        """Recompute the activations of the blocks of `stages` (None: all) in the backward pass, or stop doing so."""
         stage: Any
-        for stage in self.stages:
-            stage.grad_checkpointing = enable
+        for i, stage in enumerate(self.stages):
+            stage.grad_checkpointing = enable and (stages is None or i in stages)
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:

@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from effbackbones.checkpoint import load_model_weights
+from effbackbones.checkpoint import Loaded, load_model_weights
 from effbackbones.config import Recipe
-from effbackbones.data.folder import load_image
+from effbackbones.data.images import load_image
 from effbackbones.mm.config import build_model, with_flip
 from effbackbones.mm.data import pseudo_collate
 from effbackbones.mm.metrics import Metric, quiet
@@ -62,11 +62,12 @@ class DenseModule(TrainingModule):
     def draw_truth(self, image: Image.Image, index: int) -> Image.Image:
         """Return the picture of an evaluation image with its annotations."""
 
-    def load_weights(self, path: str | Path, ema: bool = False, same_classes: bool = False) -> None:
+    def load_weights(self, path: str | Path, ema: bool = False, same_classes: bool = False) -> Loaded:
         """Start from the weights of a file or a run folder, as :func:`~effbackbones.checkpoint.load_model_weights`."""
-        load_model_weights(self.model, path, ema, same_classes)
+        loaded = load_model_weights(self.model, path, ema, same_classes)
         if self.ema is not None:
             self.ema.set(self.model)
+        return loaded
 
     def parameters_to_train(self) -> list[dict[str, Any]]:
         optim = self.recipe.optim

@@ -1,14 +1,15 @@
-"""metrics.csv: what a run logs, one row per optimizer step, kept when a run is killed and resumed."""
+"""Where a run logs: metrics.csv, one row per optimizer step, kept when a run is killed and resumed; and backends."""
 
 import csv
 import io
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.loggers.logger import Logger
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from effbackbones.files import replacing
 
@@ -45,7 +46,8 @@ class MetricsCSV(Logger):
     Columns: epoch and step, both counted from 1 (step is the number of optimizer steps taken, as in
     `trainer.global_step`), then the metrics in the order they first came. What is logged at one step
     is one row. Every row is on disk when `log_metrics` returns, and a file that exists is continued,
-    never deleted. Only rank zero writes.
+    never deleted. Where a row cannot be written, as on a full disk, a warning says so, and it is kept
+    until the next one can. Only rank zero writes.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -53,6 +55,7 @@ class MetricsCSV(Logger):
         self.path = Path(folder) / "metrics.csv"
         self._rows = read_metrics(self.path) if self.path.exists() else []
         self._header: list[str] = []  # of the file as this process wrote it: the first row rewrites what it found
+        self._complete = True  # the file has every row
 
     @property
     def name(self) -> str:
@@ -83,11 +86,17 @@ class MetricsCSV(Logger):
             self._rows[-1].update(row)
         else:
             self._rows.append(row)
-        if merges or not row.keys() <= set(self._header):
-            self._rewrite()
-        else:
-            with self.path.open("a", encoding="utf-8", newline="") as file:
-                file.write(_csv_line(_cells(row, self._header)))
+        try:
+            if merges or not row.keys() <= set(self._header):
+                self._rewrite()
+            else:
+                with self.path.open("a", encoding="utf-8", newline="") as file:
+                    file.write(_csv_line(_cells(row, self._header)))
+            self._complete = True
+        except OSError as error:
+            if self._complete:
+                rank_zero_warn(f"{self.path} cannot be written: {error}. Its rows are kept until it can; make room")
+            self._header, self._complete = [], False
 
     @rank_zero_only
     def resume_at(self, step: int) -> None:
@@ -103,6 +112,64 @@ class MetricsCSV(Logger):
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(self.path) as part:
             part.write_text("".join(map(_csv_line, lines)), encoding="utf-8", newline="")
+
+
+class Backend(Logger):
+    """A logger of Lightning beside metrics.csv. The run goes on without it from its first error on, which is a warning.
+
+    Args:
+        name: What the warning calls it.
+        build: Makes the logger.
+    """
+
+    def __init__(self, name: str, build: Callable[[], Logger]) -> None:
+        super().__init__()
+        self._name = name
+        self._logger: Logger | None = None
+        self._try(lambda: setattr(self, "_logger", build()))
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+        """Do nothing: the resolved recipe lies in the run folder."""
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Log scalars, by name."""
+        if self._logger is not None:
+            self._try(self._logger.log_metrics, dict(metrics), step)
+
+    def save(self) -> None:
+        """Have the backend write what it holds."""
+        if self._logger is not None:
+            self._try(self._logger.save)
+
+    def finalize(self, status: str) -> None:
+        """End the log."""
+        if self._logger is not None:
+            self._try(self._logger.finalize, status)
+
+    def _try(self, call: Callable[..., Any], *args: Any) -> None:
+        try:
+            call(*args)
+        except Exception as error:  # whatever a backend fails by, it is no reason to lose a run
+            self._logger = None
+            rank_zero_warn(
+                f"run.loggers: {self._name} has failed, and is left out from here on: {type(error).__name__}: {error}. "
+                "metrics.csv has everything"
+            )
+
+
+def build_backend(name: str, folder: Path) -> Backend:
+    """Return the backend `tensorboard` or `wandb` for a run folder."""
+    if name == "tensorboard":
+        return Backend(name, lambda: TensorBoardLogger(folder, name=None, version="tensorboard"))
+    return Backend(name, lambda: WandbLogger(name=folder.name, group=str(folder), save_dir=folder))
 
 
 def _cells(row: Mapping[str, float], header: list[str]) -> list[str]:

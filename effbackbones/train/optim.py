@@ -26,8 +26,8 @@ def build_optimizer(
 
     Groups that are given in place of a model are taken as they are, with their rates and weight decays.
 
-    With `fused`, the optimizers that have one take a step in a single kernel. Lightning cannot clip gradients of a
-    fused optimizer under fp16's scaler. A state that is loaded leaves the settings as they are here.
+    With `fused`, the optimizers that have one take a step in a single kernel. Under fp16's scaler, that is where the
+    gradients lose their scale: too late to check and clip them. A state that is loaded leaves the settings as they are.
     """
     options: dict[str, Any] = {"betas": optim.betas, "eps": optim.eps, "momentum": optim.momentum}
     options["fused"] = True if fused and optim.name in FUSED else None

@@ -408,7 +408,10 @@ BAD = {
     "value_of_another_type": ("eval quickstart optim.lr=fast", "optim.lr: expected float, got 'fast'"),
     "model_misspelt": ("train quickstart model.name=uniformer_smal", "model.name", "nearest: uniformer_small"),
     "dataset_missing": ("train quickstart data.root=nowhere run.dir=runs/a", "nowhere/", "data.root"),
-    "run_folder_is_a_file": ("train quickstart run.dir=recipes/quickstart.yaml", "'recipes/quickstart.yaml'"),
+    "run_folder_is_a_file": (
+        "train quickstart run.dir=recipes/quickstart.yaml",
+        "run.dir: recipes/quickstart.yaml cannot be written",
+    ),
     "folder_is_no_run": ("eval data", "data: no recipe.yaml", "runs/quickstart"),
     "nothing_to_evaluate": ("eval quickstart", "run folder or model.checkpoint=FILE"),
     "checkpoint_missing": ("eval quickstart model.checkpoint=nowhere.pth", "nowhere.pth: no such file"),

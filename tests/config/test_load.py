@@ -10,6 +10,7 @@ from effbackbones.config import Recipe, RecipeError, explain, load_recipe
 
 VALID = "model:\n  name: resnet18\ndata:\n  root: images\n"
 DETECTION = ["task=detection", "data.source=coco", "model.head=mmdet::retinanet/retinanet_r50_fpn_1x_coco.py"]
+SEGMENTATION = ["task=segmentation", "data.source=ade20k", "model.head=mmseg::upernet/upernet_r50.py"]
 
 
 @pytest.fixture
@@ -186,7 +187,7 @@ def test_to_yaml_reads_back_equal(write):
         ("data: {mean: [0, a, 0]}", "x.yaml:1: data.mean: expected float, got 'a'"),
         (
             "data: {source: cifar}",
-            "x.yaml:1: data.source: expected one of fashion_mnist, folder, synthetic, coco, ade20k, got 'cifar'",
+            "x.yaml:1: data.source: expected one of fashion_mnist, folder, shards, hf, synthetic, coco, ade20k, got",
         ),
         ("trainer: {precision: 16}", "x.yaml:1: trainer.precision: expected one of 32, bf16, fp16, got 16"),
         ("trainer: {devices: 1.5}", "x.yaml:1: trainer.devices: expected int or str, got 1.5"),
@@ -357,12 +358,28 @@ def test_load_errors_of_base_file_and_overrides_come_together(write):
             ["schedule.warmup_epochs=301"],
             "command line: schedule.warmup_epochs: 301 do not fit into trainer.epochs: 300",
         ),
+        (
+            ["schedule.name=multistep"],
+            "command line: schedule.milestones: expected increasing epochs where schedule.name is multistep, such as",
+        ),
+        (
+            ["schedule.name=multistep", "schedule.milestones=[11, 8]"],
+            "command line: schedule.milestones: expected increasing epochs where schedule.name is multistep, such as",
+        ),
+        (
+            ["schedule.milestones=[8, 11]"],
+            "command line: schedule.milestones: has no effect where schedule.name is cosine: leave it out, or at []",
+        ),
+        (
+            ["schedule.name=step", "schedule.power=2"],
+            "command line: schedule.power: has no effect where schedule.name is step: leave it out, or at 1.0",
+        ),
         (["trainer.monitor=top1_ema"], "command line: trainer.monitor: top1_ema needs an average of the weights"),
         (["trainer.devices=all"], "command line: trainer.devices: expected auto or a positive number, got 'all'"),
         (["trainer.devices=0"], "command line: trainer.devices: expected auto or a positive number, got 0"),
         (
             ["data.source=coco"],
-            "command line: data.source: expected one of fashion_mnist, folder, synthetic for classification, got coco",
+            "command line: data.source: expected one of fashion_mnist, folder, shards, hf, synthetic for class",
         ),
         (["data.source=coco", "task=detection"], "command line: model.head: required for detection: an mm config"),
         (["model.head=mmdet::x.py"], "command line: model.head: has no effect in classification: leave it out"),
@@ -377,9 +394,33 @@ def test_load_errors_of_base_file_and_overrides_come_together(write):
             [*DETECTION, "data.scale=[320, 640]"],
             "command line: data.scale: expected the longer side, then the shorter one",
         ),
+        *(
+            ([*task, f"{key}={value}"], f"command line: {key}: has no effect in {task[0].partition('=')[2]}: leave it")
+            for task, keys in (
+                (DETECTION, {"augment.zoom": "[1, 1]", "data.size": 512, "data.crop_pct": 1}),
+                (SEGMENTATION, {"augment.resize": "detr", "augment.mix_prob": 0.5, "data.interpolation": "bilinear"}),
+            )
+            for key, value in keys.items()
+        ),
         (
-            [*DETECTION, "augment.zoom=[2, 1]"],
+            [*SEGMENTATION, "augment.zoom=[2, 1]"],
             "command line: augment.zoom: expected two increasing numbers above 0, got [2.0, 1.0]",
+        ),
+        (
+            ["data.split_by_node=true"],
+            "command line: data.split_by_node: has no effect where data.source is folder: leave it out",
+        ),
+        (
+            ["data.source=hf", "data.val_shards=v.tar"],
+            "command line: data.val_shards: has no effect where data.source is hf: leave it out",
+        ),
+        (
+            ["data.source=shards", "data.split_by_node=true", "trainer.overfit=true"],
+            "command line: data.split_by_node: not beside trainer.overfit",
+        ),
+        (
+            ["data.source=shards", "data.split_by_node=true", "data.shrink_batch=true"],
+            "command line: data.shrink_batch: not beside data.split_by_node",
         ),
     ],
 )
@@ -399,6 +440,8 @@ def test_load_impossible_combination_is_one_error(write, overrides, expected):
         ["trainer.sync_bn=true", "trainer.accelerator=cpu"],
         DETECTION,
         [*DETECTION, "model.args.dense=false"],
+        [*DETECTION, "schedule.name=multistep", "schedule.milestones=[8, 11]", "schedule.decay_rate=0.2"],
+        [*SEGMENTATION, "data.size=512", "augment.zoom=[1, 1]", "schedule.name=poly", "schedule.power=2"],
         [*DETECTION, "trainer.monitor=mask_ap_ema", "ema.decay=0.9", "augment.resize=detr", "optim.backbone_lr=0.1"],
         ["data.source=synthetic", "data.num_classes=2", "data.root=null"],
     ],

@@ -164,5 +164,5 @@ def test_resuming_mid_epoch_does_not_warn_of_a_loader_that_cannot_resume(tmp_pat
 def test_resuming_with_another_number_of_batches_is_an_error(tmp_path):
     path = tmp_path / "saved.ckpt"
     fit(callback=SaveAt("on_train_epoch_end", BATCHES, path))
-    with pytest.raises(DataError, match="a run with 5 batches per epoch, this one has 11"):
+    with pytest.raises(DataError, match="a run with 20 images per epoch, this one has 22"):
         fit(path, batch_size=2)

@@ -1,16 +1,22 @@
 import logging
+import os
+import pickle
 import shutil
+from multiprocessing.reduction import ForkingPickler
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
+from torchvision.datasets import ImageFolder
 
 from effbackbones.config.schema import AugmentConfig, DataConfig
 from effbackbones.data import LEFT_OUT, BadImageError, build_data
 from effbackbones.data.errors import DataError
-from effbackbones.data.folder import load_image
+from effbackbones.data.folder import FolderImages, PathIndex
 
 
 @pytest.fixture
@@ -59,10 +65,52 @@ def test_folder_is_read_by_class_names_in_order(root):
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "1"])
-def test_image_of_any_mode_is_read_as_rgb(tmp_path, mode):
-    Image.new(mode, (5, 4)).save(tmp_path / "a.tif")
-    assert load_image(str(tmp_path / "a.tif")).mode == "RGB"
+def paths(source):
+    """Return (path, class) of every image, as torchvision lists them."""
+    return [
+        (os.path.join(source.folder, source.classes[target], name), target)
+        for name, target in (source._index[i] for i in range(len(source)))
+    ]
+
+
+FILES = (
+    *("b/x.png", "b/c/y.PNG", "b/c-d/z.jpg", "b/c/e/q.jpeg", "b/é.jpg", "b/c.jpg/w.jpg", "b/notes.txt", "a/10.jpg"),
+    *("a/9.jpg", "a/.hidden.jpg", "a/thumbs.db", "B/1.webp", "é/1.tiff", "list.jpg"),
+)
+
+
+def test_images_are_numbered_as_torchvision_does(tmp_path):
+    for name in FILES:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "linked").symlink_to(tmp_path / "b")
+    (tmp_path / "a" / "linked").symlink_to(tmp_path / "b")
+    with open(os.path.join(os.fsencode(tmp_path), b"a", b"\xff.jpg"), "wb"):  # a name that is no UTF-8
+        pass
+    expected = ImageFolder(str(tmp_path))
+    source = FolderImages(tmp_path)
+    assert source.classes == expected.classes
+    assert paths(source) == expected.samples
+    assert source.targets.tolist() == expected.targets
+    assert len(source) == len(expected) > len(FILES)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 5), st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\0"))))))
+def test_index_gives_back_what_it_was_made_of(listings):
+    index = PathIndex(listings)
+    expected = [(path, target) for target, paths in listings for path in paths]
+    assert [index[i] for i in range(len(index))] == expected
+    assert index.targets.tolist() == [target for _, target in expected]
+
+
+def test_index_is_shared_with_worker_processes_not_copied():
+    index = PathIndex((target, [f"{i}.jpg" for i in range(1000)]) for target in range(10))
+    sent = pickle.loads(bytes(ForkingPickler.dumps(index)))
+    assert [sent[i] for i in range(0, len(index), 999)] == [index[i] for i in range(0, len(index), 999)]
+    assert len(ForkingPickler.dumps(index)) < 5000
+    sent._targets[5] = 77
+    assert index[5] == ("5.jpg", 77)
 
 
 @pytest.mark.parametrize("damage", BREAKS)
@@ -172,13 +220,13 @@ def test_missing_split_is_an_error_that_names_it(root):
 def test_split_without_classes_is_an_error_that_names_it(root):
     shutil.rmtree(root / "val")
     (root / "val").mkdir()
-    with pytest.raises(DataError, match=rf"{root}/val: Couldn't find any class folder"):
+    with pytest.raises(DataError, match=rf"{root}/val: no folder in it; expected one for each class"):
         build(root)
 
 
 def test_empty_class_is_an_error_that_names_it(root):
     (root / "train" / "eel").mkdir()
-    with pytest.raises(DataError, match=rf"{root}/train: .*no valid file for the classes eel"):
+    with pytest.raises(DataError, match=rf"{root}/train: no image in eel. Every class needs images"):
         build(root)
 
 

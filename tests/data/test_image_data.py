@@ -9,6 +9,7 @@ from PIL import Image
 from effbackbones.config.schema import AugmentConfig, DataConfig
 from effbackbones.data import ImageData, build_data, build_mixup
 from effbackbones.data.errors import DataError
+from effbackbones.data.transforms import train_transform
 
 STRONG = AugmentConfig(policy="rand-m9-mstd0.5-inc1", erase=0.5)
 
@@ -22,6 +23,7 @@ def on_rank(data, rank, world):
     data.trainer = SimpleNamespace(
         global_rank=rank,
         world_size=world,
+        accumulate_grad_batches=1,
         limit_train_batches=1.0,
         fit_loop=SimpleNamespace(
             epoch_loop=SimpleNamespace(batch_progress=SimpleNamespace(total=SimpleNamespace(processed=0)))
@@ -42,6 +44,18 @@ def test_training_batches_are_normalised_float_images_with_integer_targets():
     assert images_bchw.min() < 0 < images_bchw.max()
     assert targets_b.shape == (4,)
     assert targets_b.dtype == torch.int64
+
+
+@pytest.mark.parametrize("policy", ["rand-m10-inc1", "v0", "augmix-m10"])
+def test_policies_posterize_to_black_where_they_keep_no_bits(policy):
+    transform = train_transform(DataConfig(), AugmentConfig(policy=policy))
+    (policy,) = [step for step in transform.transforms if hasattr(step, "ops") or hasattr(step, "policy")]
+    operations = policy.ops if hasattr(policy, "ops") else [op for ops in policy.policy for op in ops]
+    posterized = [op for op in operations if op.name.startswith("Posterize") and not any(op.level_fn(op.magnitude, {}))]
+    assert posterized
+    for op in posterized:
+        op.prob, op.magnitude_std = 1, 0
+        assert op(Image.new("RGB", (8, 8), "white")).getcolors() == [(64, (0, 0, 0))]
 
 
 def test_classes_are_known_after_construction():
@@ -165,6 +179,57 @@ def test_full_scale_and_ratio_without_flip_and_erasing_keep_the_whole_image():
     data = build(AugmentConfig(scale=[1, 1], ratio=[1, 1], hflip=0), crop_pct=1.0)
     whole = data.eval_transform(data.train_dataset.source[0][0])
     assert torch.allclose(data.train_dataset[0, 0][0], whole)
+
+
+PLAIN = {"scale": [1, 1], "ratio": [1, 1], "hflip": 0.0}
+
+
+def views(count=8, **augment):
+    """Return training images (count, 3, 32, 32), augmented by these keys alone."""
+    data = build(AugmentConfig(**(PLAIN | augment)))
+    return torch.stack([data.train_dataset[index, 100 + index][0] for index in range(count)])
+
+
+@pytest.mark.parametrize(
+    "augment",
+    [
+        {"policy": "rand-m9-mstd0.5-inc1"},
+        {"policy": "original"},
+        {"policy": "v0"},
+        {"policy": "augmix-m3-w3"},
+        {"color_jitter": 0.4},
+        {"erase": 1.0},
+        {"scale": [0.1, 0.3]},
+        {"ratio": [0.5, 0.6]},
+    ],
+    ids=str,
+)
+def test_augmentation_acts_and_follows_from_seed_and_index(augment):
+    augmented = views(**augment)
+    changed = [not torch.equal(*pair) for pair in zip(augmented, views(), strict=True)]
+    assert sum(changed) >= 6  # of 8: a policy may draw an operation that leaves an image alone
+    assert torch.equal(augmented, views(**augment))
+
+
+def test_flip_mirrors_images():
+    assert torch.equal(views(hflip=1.0), views().flip(-1))
+
+
+def test_erasing_puts_noise_into_a_box():
+    changed = (views(erase=1.0) != views()).any(1)
+    for box in changed:
+        rows, columns = (box.any(dim).nonzero().flatten() for dim in (1, 0))
+        assert box[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].all()
+        assert 0 < box.sum() < box.numel() / 2
+
+
+def test_repeats_of_a_recipe_give_different_views_of_an_image_in_a_batch():
+    data = build(AugmentConfig(repeats=2))
+    images, targets = next(iter(data.train_dataloader()))
+    first, *_ = data.train_dataloader().batch_sampler
+    assert [index for index, _ in first[::2]] == [index for index, _ in first[1::2]]
+    assert targets[::2].tolist() == targets[1::2].tolist()
+    assert not torch.equal(images[::2], images[1::2])
 
 
 def test_unknown_policy_is_an_error_that_names_it():

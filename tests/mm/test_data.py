@@ -14,7 +14,8 @@ from PIL import Image
 from small_scenes import ROOTS, dense_recipe, scenes
 
 from effbackbones.data import BadImageError, DataError
-from effbackbones.mm.data import build_data, read_instances, read_labels
+from effbackbones.data.sampler import EpochBatches
+from effbackbones.mm.data import OrientedBatches, build_data, read_instances, read_labels
 
 GARMENTS = 10
 
@@ -130,8 +131,15 @@ def test_missing_image_is_an_error_with_its_name_or_is_skipped_and_counted(tmp_p
 def test_image_that_is_empty_or_broken_is_an_error_with_its_name(tmp_path, root, damage):
     path = root / "coco" / "val2017" / "000000000001.jpg"
     path.write_bytes(path.read_bytes()[:100] if damage is None else damage)
-    with pytest.raises(BadImageError, match=r"val2017/000000000001.jpg: cannot be used"):
+    with pytest.raises(BadImageError, match=r"val2017/000000000001.jpg: cannot be read as an image"):
         build(tmp_path, "detection", root).val_dataset[0]
+
+
+@pytest.mark.parametrize(("task", "name"), [("detection", "000000000001.jpg"), ("segmentation", "00000001.jpg")])
+def test_image_with_too_many_pixels_is_an_error_with_its_name(tmp_path, root, task, name, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 96 * 128 - 1)
+    with pytest.raises(BadImageError, match=rf"{name}: cannot be read as an image \(DecompressionBombWarning"):
+        build(tmp_path, task, root).val_dataset[0]
 
 
 def test_evaluation_leaves_out_an_image_that_cannot_be_read(tmp_path, root):
@@ -263,3 +271,62 @@ def test_without_a_class_table_the_classes_are_those_of_ade20k(tmp_path, root):
     classes = build(tmp_path, "segmentation", root).classes
     assert len(classes) == 150
     assert classes[:2] == ("wall", "building")
+
+
+# Orientation
+
+
+def oriented(upright, batch_size, **options):
+    return OrientedBatches(
+        torch.tensor(upright), len(upright), batch_size, **{"seed": 0, "position": lambda: (0, 0), **options}
+    )
+
+
+def indices(batches):
+    return [[index for index, _ in batch] for batch in batches]
+
+
+UPRIGHT = [i % 3 == 0 for i in range(53)]  # 18 of 53
+
+
+@pytest.mark.parametrize("epoch", range(3))
+def test_oriented_batches_are_of_one_kind_up_to_the_last_and_hold_an_image_once(epoch):
+    batches = indices(oriented(UPRIGHT, 4, position=lambda: (epoch, 0)))
+    kinds = [{UPRIGHT[index] for index in batch} for batch in batches]
+    assert [len(kind) for kind in kinds] == [1] * 12 + [2]
+    assert len({index for batch in batches for index in batch}) == 4 * len(batches)
+    assert {True, False} == {kind for (kind,) in kinds[:5]}  # as they come, not one kind after the other
+
+
+def test_oriented_batches_of_two_ranks_or_of_two_at_a_time_make_the_batch_of_one():
+    one = list(oriented(UPRIGHT, 8))
+    ranks = zip(*(oriented(UPRIGHT, 4, rank=rank, world=2) for rank in (0, 1)), strict=True)
+    halves = iter(oriented(UPRIGHT, 4, accumulate=2))
+    assert [first + second for first, second in ranks] == one
+    assert [first + second for first, second in zip(halves, halves, strict=True)] == one
+
+
+def test_oriented_batches_go_on_in_the_middle_of_an_epoch():
+    whole, rest = (list(oriented(UPRIGHT, 4, position=lambda done=done: (2, done))) for done in (0, 7))
+    assert rest == whole[7:]
+
+
+def test_oriented_batches_of_one_kind_alone_are_those_of_any_images():
+    options = {"seed": 0, "position": lambda: (1, 0)}
+    assert list(oriented([False] * 20, 3, **options)) == list(EpochBatches(20, 3, **options))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_detection_trains_on_batches_of_one_orientation(tmp_path, root, seed):
+    def edit(content):
+        for image in content["images"][::2]:
+            image.update(height=128, width=96)
+        for annotation in content["annotations"]:
+            del annotation["segmentation"]  # of the old size
+
+    change(root, edit)
+    data = build(tmp_path, "detection", root, f"trainer.seed={seed}")
+    annotated = [data.train_annotations.get_data_info(i) for i in range(8)]
+    batches = indices(data.train_dataloader().batch_sampler)
+    assert sorted(index for batch in batches for index in batch) == list(range(8))
+    assert all(len({annotated[index]["height"] for index in batch}) == 1 for batch in batches)

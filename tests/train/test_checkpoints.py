@@ -68,7 +68,7 @@ def test_last_checkpoint_holds_the_last_step_and_the_best_score(run):
     folder, evaluations = run
     saved = checkpoint(folder)
     assert saved["global_step"] == 24
-    assert {"best_score": min(evaluations.scores)} in saved["callbacks"].values()
+    assert {"best_score": min(evaluations.scores), "evaluation_due": False} in saved["callbacks"].values()
 
 
 def test_best_checkpoint_holds_the_weights_of_the_best_evaluation(run):
@@ -136,11 +136,15 @@ def same_weights(model: torch.nn.Module, saved: dict[str, Any], ema: bool = Fals
 
 
 class Scores:
-    """A trainer that only evaluates; it notes at which evaluations the best checkpoint was written."""
+    """A trainer that only evaluates; it notes at which evaluations the best checkpoint was to be written.
 
-    def __init__(self, folder, monitor, scores):
+    At those that are `full`, the disk is: nothing can be written.
+    """
+
+    def __init__(self, folder, monitor, scores, full=()):
         self.state = SimpleNamespace(fn=TrainerFn.FITTING)
-        self.callback_metrics, self.global_step, self.best = {}, 0, []
+        self.strategy = SimpleNamespace(checkpoint_io=SimpleNamespace(complete=True), broadcast=lambda value: value)
+        self.callback_metrics, self.global_step, self.best, self.full = {}, 0, [], full
         checkpoints = RunCheckpoints(folder, monitor)
         for score in scores:
             self.global_step += 1
@@ -148,6 +152,7 @@ class Scores:
             checkpoints.on_validation_end(self, None)
 
     def save_checkpoint(self, path, weights_only=False):
+        self.strategy.checkpoint_io.complete = self.global_step not in self.full
         if path.name == "best.ckpt":
             assert weights_only
             self.best.append(self.global_step)
@@ -164,3 +169,7 @@ class Scores:
 )
 def test_best_is_the_first_of_the_highest_scores_or_of_the_lowest_losses(tmp_path, monitor, scores, best):
     assert Scores(tmp_path, monitor, scores).best == best
+
+
+def test_best_that_found_no_room_leaves_its_place_to_the_next(tmp_path):
+    assert Scores(tmp_path, "val/top1", [0.1, 0.4, 0.3, 0.2], full=[2]).best == [1, 2, 3]

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import timm
+import yaml
 
 pytest.importorskip("mmcv", reason="needs the mm extra")
 
@@ -17,22 +18,24 @@ import torch
 from lightning.pytorch import seed_everything
 from PIL import Image
 from small_runs import BreakOff, BrokenOffError, checkpoint, differences, outcome, train, train_command
-from small_scenes import ROOTS, dense_recipe, scenes
+from small_scenes import RECIPES, ROOTS, dense_recipe, scenes
 
 from effbackbones.checkpoint import CheckpointError, load_weights
 from effbackbones.cli import main
 from effbackbones.config import RecipeError
-from effbackbones.data.folder import load_image
+from effbackbones.data.images import load_image
+from effbackbones.mm.config import HeadError, load_head
 from effbackbones.mm.data import read_image
 from effbackbones.predict_dense import device_of, open_run, sample_of
 from effbackbones.train.callbacks.finite import NonFiniteError
 from effbackbones.train.logger import read_metrics
-from effbackbones.train.run import build_task, evaluate
+from effbackbones.train.run import build_task, evaluate, load_target
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 
 TASKS = ("detection", "segmentation")
 ORIENTATION = 0x0112  # EXIF tag
+HEADS = {task: yaml.safe_load(text)["model"]["head"] for task, text in RECIPES.items()}
 METRICS = {"detection": ("box_ap", "box_ap50", "mask_ap"), "segmentation": ("miou", "macc", "aacc")}
 
 
@@ -291,6 +294,48 @@ def test_checkpoint_of_another_head_gives_its_backbone(runs, tmp_path):
     module.load_weights(runs["detection"])
     trained = open_run(runs["detection"]).model.backbone.state_dict()
     assert all(torch.equal(value, trained[name]) for name, value in module.model.backbone.state_dict().items())
+
+
+@pytest.fixture
+def own_head(tmp_path):
+    """Return a recipe of two steps whose head is a file that has a base beside it."""
+    base, head = tmp_path / "base.py", tmp_path / "own.py"
+    base.write_text(f"_base_ = {load_head(HEADS['segmentation']).filename!r}\nmodel = dict(neck=dict(num_outs=4))")
+    head.write_text("_base_ = './base.py'\nmodel = dict(decode_head=dict(dropout_ratio=0.3))")
+    return dense_recipe("segmentation", tmp_path / "run", [f"model.head={head}", "trainer.steps=2"])
+
+
+def test_run_goes_on_and_predicts_without_the_file_of_its_head(own_head, tmp_path, capsys):
+    folder = train(own_head)
+    before = evaluate(str(folder))
+    for name in ("own.py", "base.py"):
+        (tmp_path / name).unlink()
+    moved = str(folder.rename(tmp_path / "moved"))
+    assert evaluate(moved) == before
+    assert open_run(moved).model.decode_head.dropout_ratio == 0.3
+    assert main(["export", "mm", moved, "--out", str(tmp_path / "exported")]) == 0
+    assert main(["train", moved]) == 0
+    assert "nothing was left to train" in capsys.readouterr().out
+
+
+def test_changed_file_of_a_head_is_refused_like_a_changed_recipe(own_head, tmp_path):
+    train(own_head)
+    text = (tmp_path / "own.py").read_text()
+    (tmp_path / "own.py").write_text(text + "  # the same")
+    train(own_head)
+    (tmp_path / "own.py").write_text(text.replace("0.3", "0.4"))
+    with pytest.raises(RecipeError, match=r"another recipe:\n  model\.head: '.*run/head\.py' then, '.*/own\.py' now"):
+        train(own_head)
+    train(load_target(str(tmp_path / "run")))
+    own_head.recipe.run.force = True
+    train(own_head)
+    assert open_run(tmp_path / "run").model.decode_head.dropout_ratio == 0.4
+
+
+def test_head_that_mm_cannot_write_back_ends_the_run_before_its_first_step(own_head, tmp_path):
+    (tmp_path / "own.py").write_text("_base_ = './base.py'\nmodel = dict(test_cfg=dict(limit=float('inf')))")
+    with pytest.raises(HeadError, match=r"run/head\.py: cannot be read: NameError: name 'inf' is not defined"):
+        train(own_head)
 
 
 def test_flip_of_a_segmentation_averages_both_views(runs):

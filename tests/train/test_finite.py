@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lightning.pytorch import Callback
-from small_runs import small_recipe, train
+from small_runs import small_recipe, train, write_recipe
 
 from effbackbones.cli import main
 from effbackbones.train.callbacks.finite import FiniteGuard, NonFiniteError
@@ -85,6 +85,16 @@ def test_weight_that_is_not_finite_is_named(tmp_path):
     assert f"First bad value: the weight model.{PARAMETER}.\n" in poisoned(tmp_path / "run", poison)
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("place", ["output", "input"])
+def test_bad_value_stops_the_run_under_mixed_precision(tmp_path, precision, place):
+    poison = Poison(place, math.nan, batch=2)
+    message = poisoned(tmp_path / "run", poison, [f"trainer.precision={precision}"])
+    assert message.startswith("rank 0, epoch 1, step 3: the loss is nan")
+    after = poison.weights()
+    assert all(torch.equal(after[name], before) for name, before in poison.before.items())
+
+
 @pytest.mark.parametrize(("place", "what"), [("output", "the loss is nan"), ("gradient", "the gradient is not")])
 def test_bad_batch_before_the_last_of_an_accumulated_step_stops_that_step(tmp_path, place, what):
     poison = Poison(place, math.nan, batch=2, only_once=True)
@@ -102,6 +112,57 @@ def test_command_whose_loss_is_not_finite_ends_with_code_2_and_the_reason(tmp_pa
     message = capsys.readouterr().err
     assert message.startswith("effb train: rank 0, epoch 1, step ")
     assert "optim.lr" in message
+
+
+# Two ranks
+
+POISONED_IN_RANK_1 = """
+import sys
+
+import torch
+from lightning.pytorch import Callback
+
+from effbackbones.cli import main
+from effbackbones.train import run
+
+
+class Poison(Callback):
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.poisoned = batch_idx == 0 and trainer.global_rank == 1
+        if self.poisoned and sys.argv[1] == "input":
+            batch[0][0] = torch.nan
+
+    def on_after_backward(self, trainer, pl_module):
+        if self.poisoned and sys.argv[1] == "gradient":
+            parameter = pl_module.model.stages[2].blocks[0].mlp.fc1.weight
+            parameter.grad.mul_(torch.nan)
+
+    def on_exception(self, trainer, pl_module, exception):
+        print("unchanged:", all(parameter.isfinite().all() for parameter in map(local, pl_module.parameters())))
+
+
+def local(parameter):
+    return parameter.to_local() if hasattr(parameter, "to_local") else parameter
+
+
+own = run._callbacks
+run._callbacks = lambda *args: [Poison(), *own(*args)]
+sys.exit(main(["train", *sys.argv[2:]]))
+"""
+
+
+@pytest.mark.parametrize(("strategy", "place"), [("ddp", "input"), ("fsdp", "input"), ("fsdp", "gradient")])
+def test_bad_value_in_one_rank_stops_both_before_an_accumulated_step(forks, tmp_path, strategy, place):
+    arguments = [str(write_recipe(tmp_path)), f"run.dir={tmp_path / 'run'}", "trainer.accumulate=2"]
+    processes = forks.start_ranks(place, *arguments, code=POISONED_IN_RANK_1, strategy=strategy)
+    for rank, process in enumerate(processes):
+        assert process.wait() == 2, process.said
+        assert f"effb train: rank {rank}, epoch 1, step 1: " in process.said
+        assert "unchanged: True" in process.said
+    if place == "input":
+        assert "step 1: the loss is nan." in processes[1].said
+    else:
+        assert f"First bad value: the gradient of model.{PARAMETER}.\n" in processes[1].said
 
 
 # The gradient scaler of fp16
@@ -160,3 +221,24 @@ def test_loss_that_is_not_finite_stops_at_once_under_a_scaler(loss):
 def test_overflowing_gradient_stops_at_once_without_a_scaler():
     with pytest.raises(NonFiniteError, match="the gradient of weight"):
         Steps(scaler=None, max_skipped=3).step(gradient=math.inf)
+
+
+@pytest.mark.parametrize(("gradient", "clipped"), [(8.0, 2.0), (1.5, 1.5)])
+def test_gradient_is_clipped_to_the_norm_of_the_recipe(gradient, clipped):
+    steps = Steps(scaler=None, max_skipped=3)
+    steps.guard.clip = 2.0
+    steps.step(gradient=gradient)
+    assert steps.model.weight.grad.item() == pytest.approx(clipped, rel=1e-5)
+
+
+def test_recipe_without_clipping_leaves_a_large_gradient_as_it_is():
+    steps = Steps(scaler=None, max_skipped=3)
+    steps.step(gradient=1e4)
+    assert steps.model.weight.grad.item() == 1e4
+
+
+def test_overflowing_gradient_that_the_scaler_leaves_out_is_not_clipped():
+    steps = Steps(scaler=object(), max_skipped=3)
+    steps.guard.clip = 2.0
+    steps.step(gradient=math.inf)
+    assert steps.model.weight.grad.item() == math.inf

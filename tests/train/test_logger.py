@@ -1,18 +1,25 @@
+import errno
 import multiprocessing
 import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
+from small_runs import differences, outcome, small_recipe, train
 
-from effbackbones.train.logger import MetricsCSV, read_metrics
+from effbackbones.config import RecipeError
+from effbackbones.train import run
+from effbackbones.train.logger import Backend, MetricsCSV, read_metrics
 
 pytestmark = [
+    pytest.mark.filterwarnings("error:.*cannot be written", "error:run.loggers"),
     pytest.mark.filterwarnings("ignore::UserWarning:lightning"),
     pytest.mark.filterwarnings("ignore:.*LeafSpec"),
 ]
@@ -107,18 +114,34 @@ def test_resume_at_no_file_creates_none(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_rewrite_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_that_cannot_be_written_are_kept_and_said_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log = log_steps(tmp_path, 3)
     before = log.path.read_text()
 
     def fail(source: Path, target: Path) -> None:
-        raise OSError("disk full")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(Path, "replace", fail)
-    with pytest.raises(OSError, match="disk full"):
-        log.log_metrics({"new": 1.0}, 3)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", fail)
+        with pytest.warns(UserWarning, match=f"{log.path} cannot be written: .*No space left on device"):
+            log.log_metrics({"new": 1.0, "epoch": 0}, 3)
+        log.log_metrics({"new": 2.0, "epoch": 0}, 4)
     assert log.path.read_text() == before
     assert list(tmp_path.iterdir()) == [log.path]
+    log.log_metrics({"new": 3.0, "epoch": 0}, 5)
+    assert [row["step"] for row in read_metrics(log.path)] == [1, 2, 3, 4, 5, 6]
+    assert [row["new"] for row in read_metrics(log.path)[3:]] == [1, 2, 3]
+
+
+def test_full_disk_under_an_appended_row_loses_none(tmp_path: Path) -> None:
+    log = log_steps(tmp_path, 2)
+    log.path.unlink()
+    log.path.symlink_to("/dev/full")
+    with pytest.warns(UserWarning, match="No space left on device"):
+        log.log_metrics({"loss": 0.0, "epoch": 0}, 2)
+    log.path.unlink()
+    log.log_metrics({"loss": -1.0, "epoch": 0}, 3)
+    assert [row["step"] for row in read_metrics(log.path)] == [1, 2, 3, 4]
 
 
 def _log_for_ever(folder: Path) -> None:
@@ -208,3 +231,98 @@ def test_metrics_csv_resumed_trainer_logs_every_step_once(tmp_path: Path, accumu
     rows = fit(tmp_path, 2, accumulate)
     assert [row["step"] for row in rows] == list(range(1, 12 // accumulate + 1))
     assert fit(tmp_path, 2, accumulate, resume=tmp_path / f"{checkpoint}.ckpt") == rows
+
+
+# Backends
+
+
+class Down(Logger):
+    """A backend that fails from one of its calls on, counted from 0, and notes those that reach it."""
+
+    def __init__(self, fails_at: int = 10**9) -> None:
+        super().__init__()
+        self.fails_at = fails_at
+        self.calls: list[str] = []
+
+    def call(self, what: str) -> None:
+        self.calls.append(what)
+        if len(self.calls) > self.fails_at:
+            raise ConnectionError("no route to host")
+
+    name = version = ""
+
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        raise AssertionError("the resolved recipe is in the run folder")
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        self.call(f"{step} {metrics}")
+
+    def save(self) -> None:
+        self.call("save")
+
+    def finalize(self, status: str) -> None:
+        self.call(status)
+
+
+def use(backend: Backend) -> None:
+    backend.log_hyperparams({"lr": 1.0})
+    backend.log_metrics({"loss": 1.0}, 0)
+    backend.save()
+    backend.finalize("success")
+
+
+def test_backend_passes_on_what_is_logged() -> None:
+    down = Down()
+    use(Backend("wandb", lambda: down))
+    assert down.calls == ["0 {'loss': 1.0}", "save", "success"]
+
+
+@pytest.mark.parametrize("fails_at", [0, 1, 2])
+def test_backend_that_fails_is_left_out_from_there_on_with_one_warning(fails_at: int) -> None:
+    down = Down(fails_at)
+    backend = Backend("wandb", lambda: down)
+    with pytest.warns(UserWarning, match="wandb has failed, and is left out from here on: ConnectionError: no route"):
+        use(backend)
+    assert len(down.calls) == fails_at + 1
+    use(backend)
+    assert len(down.calls) == fails_at + 1
+
+
+def test_backend_that_cannot_be_built_is_left_out_with_one_warning() -> None:
+    def build() -> Logger:
+        raise ConnectionError("no route to host")
+
+    with pytest.warns(UserWarning, match="wandb has failed"):
+        backend = Backend("wandb", build)
+    use(backend)
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
+def test_run_whose_backend_goes_down_ends_with_all_metrics(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uninterrupted: Any, name: str
+) -> None:
+    whole = uninterrupted()
+    down = Down(fails_at=3)
+    loggers = {"tensorboard": "TensorBoardLogger", "wandb": "WandbLogger"}
+    monkeypatch.setattr(f"effbackbones.train.logger.{loggers[name]}", lambda *args, **kwargs: down)
+    monkeypatch.setattr(run, "find_spec", lambda module: True)
+    with pytest.warns(UserWarning, match=f"run.loggers: {name} has failed") as warnings:
+        folder = train(small_recipe(tmp_path / "run", [f"run.loggers=[{name}]"]))
+    assert len([warning for warning in warnings if "run.loggers" in str(warning.message)]) == 1
+    assert len(down.calls) == 4
+    assert differences(whole, outcome(folder)) == []
+
+
+def test_backend_that_is_not_installed_is_refused_before_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "find_spec", lambda module: None)
+    with pytest.raises(RecipeError, match=r"run\.loggers: wandb is not installed; pip install"):
+        train(small_recipe(tmp_path / "run", ["run.loggers=[wandb]"]))
+    assert [type(logger) for logger in run._backends(small_recipe(tmp_path / "run").recipe, tmp_path)] == []
+
+
+@pytest.mark.parametrize(("chosen", "there"), [("null", True), ("[tensorboard]", True), ("[]", False)])
+def test_run_logs_to_tensorboard_unless_told_otherwise(tmp_path: Path, chosen: str, there: bool) -> None:
+    folder = train(small_recipe(tmp_path / "run", [f"run.loggers={chosen}", "trainer.steps=1"]))
+    assert (folder / "tensorboard").is_dir() == there

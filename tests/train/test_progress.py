@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from effbackbones.train.callbacks import progress
 from effbackbones.train.callbacks.progress import ProgressLine
+from effbackbones.train.logger import MetricsCSV, read_metrics
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning:lightning"),
@@ -60,8 +61,7 @@ class TinyModule(pl.LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
         self.clock.now += self.train_seconds
-        self.log("train/loss", 0.4123)
-        self.log("lr", 9.1e-4)
+        self.step_metrics = {"train/loss": torch.tensor(0.4123), "lr": 9.1e-4}
         return self.net(batch[0]).square().mean()
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
@@ -93,9 +93,9 @@ def test_fit_plain_output_prints_each_epoch_and_evaluation(clock: Clock, capsys:
     # 4 and 0 batches of 1 s are left; an evaluation is taken for 2 / 3 s until one was timed at 1 s.
     assert capsys.readouterr().out.splitlines() == [
         "epoch 1/2  step 1/8  loss 0.412  lr 9.1e-04",
-        "epoch 1/2  step 4/8  loss 0.412  lr 9.1e-04  5.0 img/s  0:05 left",
+        "epoch 1/2  step 4/8  loss 0.412  lr 9.1e-04  5.0 img/s  wait 0%  0:05 left",
         f"epoch 1/2  {EVALUATED}",
-        "epoch 2/2  step 8/8  loss 0.412  lr 9.1e-04  5.0 img/s  0:01 left",
+        "epoch 2/2  step 8/8  loss 0.412  lr 9.1e-04  5.0 img/s  wait 0%  0:01 left",
         f"epoch 2/2  {EVALUATED}",
     ]
 
@@ -111,7 +111,7 @@ def test_fit_terminal_rewrites_one_line_and_keeps_the_evaluations(clock: Clock) 
     terminal = Terminal()
     trainer(ProgressLine(terminal), max_epochs=2).fit(TinyModule(clock), loader(4), loader(2))
     assert terminal.screen() == [f"epoch 1/2  {EVALUATED}", f"epoch 2/2  {EVALUATED}", ""]
-    assert "\repoch 1/2  step 3/8  loss 0.412  lr 9.1e-04  5.0 img/s  0:06 left" in terminal.getvalue()
+    assert "\repoch 1/2  step 3/8  loss 0.412  lr 9.1e-04  5.0 img/s  wait 0%  0:06 left" in terminal.getvalue()
     assert "\repoch 2/2  evaluation 1/2 " in terminal.getvalue()
 
 
@@ -119,8 +119,8 @@ def test_fit_terminal_without_evaluation_keeps_the_last_line_of_each_epoch(clock
     terminal = Terminal()
     trainer(ProgressLine(terminal), max_epochs=2).fit(TinyModule(clock), loader(4))
     assert terminal.screen() == [
-        "epoch 1/2  step 4/8  loss 0.412  lr 9.1e-04  5.0 img/s  0:04 left",
-        "epoch 2/2  step 8/8  loss 0.412  lr 9.1e-04  5.0 img/s  0:00 left",
+        "epoch 1/2  step 4/8  loss 0.412  lr 9.1e-04  5.0 img/s  wait 0%  0:04 left",
+        "epoch 2/2  step 8/8  loss 0.412  lr 9.1e-04  5.0 img/s  wait 0%  0:00 left",
         "",
     ]
 
@@ -145,8 +145,8 @@ def test_fit_accumulation_counts_optimizer_steps(clock: Clock, capsys: pytest.Ca
     trainer(ProgressLine(), max_epochs=2, accumulate_grad_batches=2).fit(TinyModule(clock), loader(5))
     assert capsys.readouterr().out.splitlines() == [
         "epoch 1/2  step 0/6  loss 0.412  lr 9.1e-04",
-        "epoch 1/2  step 3/6  loss 0.412  lr 9.1e-04  5.0 img/s  0:06 left",
-        "epoch 2/2  step 6/6  loss 0.412  lr 9.1e-04  5.0 img/s  0:00 left",
+        "epoch 1/2  step 3/6  loss 0.412  lr 9.1e-04  5.0 img/s  wait 0%  0:06 left",
+        "epoch 2/2  step 6/6  loss 0.412  lr 9.1e-04  5.0 img/s  wait 0%  0:00 left",
     ]
 
 
@@ -157,9 +157,9 @@ def test_fit_limited_batches_and_max_steps_end_where_training_ends(
     trainer(ProgressLine(), **limits).fit(TinyModule(clock), loader(20), loader(20))
     assert capsys.readouterr().out.splitlines() == [
         "epoch 1/2  step 1/5  loss 0.412  lr 9.1e-04",
-        "epoch 1/2  step 3/5  loss 0.412  lr 9.1e-04  5.0 img/s  0:02 left",
+        "epoch 1/2  step 3/5  loss 0.412  lr 9.1e-04  5.0 img/s  wait 0%  0:02 left",
         f"epoch 1/2  {EVALUATED}",
-        "epoch 2/2  step 5/5  loss 0.412  lr 9.1e-04  5.0 img/s  0:00 left",
+        "epoch 2/2  step 5/5  loss 0.412  lr 9.1e-04  5.0 img/s  wait 0%  0:00 left",
     ]
 
 
@@ -173,9 +173,58 @@ def test_fit_resumed_counts_from_its_checkpoint(
     trainer(ProgressLine(), max_epochs=3).fit(TinyModule(clock), loader(4), **checkpoint)
     assert capsys.readouterr().out.splitlines() == [
         "epoch 2/3  step 5/12  loss 0.412  lr 9.1e-04",
-        "epoch 2/3  step 8/12  loss 0.412  lr 9.1e-04  5.0 img/s  0:04 left",
-        "epoch 3/3  step 12/12  loss 0.412  lr 9.1e-04  5.0 img/s  0:00 left",
+        "epoch 2/3  step 8/12  loss 0.412  lr 9.1e-04  5.0 img/s  wait 0%  0:04 left",
+        "epoch 3/3  step 12/12  loss 0.412  lr 9.1e-04  5.0 img/s  wait 0%  0:00 left",
     ]
+
+
+class SlowImages(TensorDataset):
+    """Reading an image takes 0.2 s on the clock of the test."""
+
+    def __init__(self, clock: Clock, images: int) -> None:
+        super().__init__(torch.ones(images, 2), torch.zeros(images))
+        self.clock = clock
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, ...]:
+        self.clock.now += 0.2
+        return super().__getitem__(index)
+
+
+class SlowCallback(pl.Callback):
+    """Takes 2 s after each batch, on the clock of the test."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.clock.now += 2
+
+
+def test_fit_waiting_for_data_shows_the_share_of_the_time(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    train, val = (DataLoader(SlowImages(clock, images), batch_size=5) for images in (20, 30))
+    trainer(ProgressLine(), max_epochs=2).fit(TinyModule(clock), train, val)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if "img/s" in line] == [
+        "epoch 1/2  step 4/8  loss 0.412  lr 9.1e-04  2.5 img/s  wait 50%  0:16 left",
+        "epoch 2/2  step 8/8  loss 0.412  lr 9.1e-04  2.5 img/s  wait 50%  0:09 left",
+    ]
+
+
+def test_fit_other_work_between_batches_is_no_wait(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    images = DataLoader(SlowImages(clock, 20), batch_size=5)
+    trainer(ProgressLine(), max_epochs=1, callbacks=[SlowCallback(clock)]).fit(TinyModule(clock), images)
+    assert "1.2 img/s  wait 25%" in capsys.readouterr().out  # of 4 s
+
+
+def test_fit_logs_speed_and_wait_in_the_rows_of_the_logger(clock: Clock, tmp_path: Path) -> None:
+    log = MetricsCSV(tmp_path)
+    images = DataLoader(SlowImages(clock, 35), batch_size=5)
+    trainer(ProgressLine(), max_epochs=1, logger=log, log_every_n_steps=3).fit(TinyModule(clock), images)
+    rows = read_metrics(log.path)
+    assert [row["step"] for row in rows] == [3, 6]
+    assert [(row["train/images_per_second"], row["train/data_wait"]) for row in rows] == [
+        (pytest.approx(2.5), pytest.approx(0.5))
+    ] * 2
 
 
 class Endless(IterableDataset):
@@ -187,7 +236,7 @@ def test_fit_data_without_length_shows_no_totals(clock: Clock, capsys: pytest.Ca
     trainer(ProgressLine(), max_epochs=1).fit(TinyModule(clock), DataLoader(Endless(), batch_size=5))
     assert capsys.readouterr().out.splitlines() == [
         "epoch 1  step 1  loss 0.412  lr 9.1e-04",
-        "epoch 1  step 4  loss 0.412  lr 9.1e-04  5.0 img/s",
+        "epoch 1  step 4  loss 0.412  lr 9.1e-04  5.0 img/s  wait 0%",
     ]
 
 
@@ -206,9 +255,8 @@ def test_fit_sanity_check_prints_nothing(clock: Clock, capsys: pytest.CaptureFix
 
 def test_fit_metrics_are_read_for_shown_lines_alone(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     read = []
-    real = pl.Trainer.callback_metrics.fget
-    assert real is not None
-    monkeypatch.setattr(pl.Trainer, "callback_metrics", property(lambda self: read.append(1) or real(self)))
+    real = progress._number
+    monkeypatch.setattr(progress, "_number", lambda value: read.append(1) or real(value))
     stream = io.StringIO()
     trainer(ProgressLine(stream), max_epochs=1).fit(TinyModule(clock), loader(35))
     assert len(read) == len(stream.getvalue().splitlines()) == 5
@@ -232,7 +280,7 @@ def test_fit_exception_on_a_terminal_finishes_the_line(clock: Clock) -> None:
     terminal = Terminal()
     with pytest.raises(RuntimeError, match="broken batch"):
         trainer(ProgressLine(terminal), max_epochs=1).fit(FailingModule(clock), loader(4))
-    assert terminal.screen() == ["epoch 1/1  step 2/4  loss 0.412  lr 9.1e-04  5.0 img/s  0:02 left", ""]
+    assert terminal.screen() == ["epoch 1/1  step 2/4  loss 0.412  lr 9.1e-04  5.0 img/s  wait 0%  0:02 left", ""]
 
 
 class TalkingModule(TinyModule):
@@ -244,7 +292,7 @@ class TalkingModule(TinyModule):
 def test_print_on_a_terminal_stands_above_the_line(clock: Clock) -> None:
     terminal = Terminal()
     trainer(ProgressLine(terminal), max_epochs=1).fit(TalkingModule(clock), loader(3))
-    line = "epoch 1/1  step 3/3  loss 0.412  lr 9.1e-04  5.0 img/s  0:00 left"
+    line = "epoch 1/1  step 3/3  loss 0.412  lr 9.1e-04  5.0 img/s  wait 0%  0:00 left"
     assert terminal.screen() == ["a message", line, ""]
 
 

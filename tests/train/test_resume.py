@@ -32,19 +32,6 @@ def broken_off(folder, overrides, *breaks):
     return train(small_recipe(folder, overrides))
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
-    """Runs without an interruption, by their overrides."""
-    runs = {}
-
-    def of(overrides=()):
-        if overrides not in runs:
-            runs[overrides] = outcome(train(small_recipe(tmp_path_factory.mktemp("run") / "whole", overrides)))
-        return runs[overrides]
-
-    return of
-
-
 @pytest.mark.parametrize(
     ("save_every", "breaks"),
     [
@@ -108,7 +95,7 @@ def test_run_of_limited_steps_ends_with_its_evaluation_even_if_stopped(uninterru
     assert outcome(folder)["metrics"][-1].count(",,") == 0
 
 
-@pytest.mark.parametrize("overrides", [(), ("trainer.steps=8",)])
+@pytest.mark.parametrize("overrides", [(), ("trainer.steps=8",), ("trainer.epochs=3", "trainer.val_every=2")])
 def test_finished_run_started_again_changes_nothing_and_names_the_best(tmp_path, capsys, overrides):
     folder = train(small_recipe(tmp_path / "run", overrides))
     before = outcome(folder)

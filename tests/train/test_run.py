@@ -4,13 +4,13 @@ import csv
 
 import pytest
 import torch
-from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch import LightningModule
 from PIL import Image
-from small_runs import checkpoint, small_recipe, train
+from small_runs import checkpoint, repeated_metrics, small_recipe, train
 
 from effbackbones.cli import main
 from effbackbones.config import load_recipe
-from effbackbones.train import classification, run
+from effbackbones.train import classification
 from effbackbones.train.logger import read_metrics
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning")
@@ -30,20 +30,6 @@ def test_run_folder_holds_pictures_tables_and_checkpoints(folder):
             assert len(picture.convert("RGB").getcolors(2**20)) > 10
 
 
-@pytest.mark.parametrize("installed", [True, False])
-def test_run_logs_to_tensorboard_where_that_is_installed(tmp_path, monkeypatch, installed):
-    class Events(DummyLogger):
-        def __init__(self, folder, **options):
-            super().__init__()
-            folders.append(folder)
-
-    folders = []
-    monkeypatch.setattr(run, "find_spec", lambda name: object() if installed else None)
-    monkeypatch.setattr(run, "TensorBoardLogger", Events)
-    folder = train(small_recipe(tmp_path / "run", ["trainer.steps=1"]))
-    assert folders == [folder] * installed
-
-
 def test_recipe_in_the_run_folder_reads_back_equal(folder):
     assert load_recipe(folder / "recipe.yaml").recipe == small_recipe(folder).recipe
 
@@ -53,6 +39,27 @@ def test_metrics_have_a_row_per_step_and_the_evaluations_at_the_ends_of_epochs(f
     assert [(row["epoch"], row["step"]) for row in rows] == [(str(1 + i // 6), str(1 + i)) for i in range(12)]
     assert all(float(row["train/loss"]) > 0 and float(row["lr"]) > 0 for row in rows)
     assert [row["step"] for row in rows if row["val/top1"]] == ["6", "12"]
+
+
+def test_metrics_have_the_speed_of_every_step_but_the_first_and_the_wait_for_data(folder):
+    rows = read_metrics(folder / "metrics.csv")
+    timed = [row for row in rows if "train/images_per_second" in row]
+    assert [row["step"] for row in timed] == list(range(2, 13))
+    assert all(row["train/images_per_second"] > 0 and 0 < row["train/data_wait"] < 1 for row in timed)
+
+
+def test_metrics_have_a_row_every_so_many_steps_and_of_the_last_step_and_are_logged_for_these_alone(
+    tmp_path, monkeypatch
+):
+    logged, log_dict = [], LightningModule.log_dict
+    monkeypatch.setattr(
+        LightningModule, "log_dict", lambda self, values: logged.append(set(values)) or log_dict(self, values)
+    )
+    folder = train(small_recipe(tmp_path / "run", ["trainer.steps=6", "trainer.log_every=4"]))
+    assert [names for names in logged if "lr" in names] == [{"train/loss", "lr"}] * 2
+    rows = read_metrics(folder / "metrics.csv")
+    assert [row["step"] for row in rows] == [4, 6]
+    assert all(row["train/loss"] > 0 and row["lr"] > 0 for row in rows)
 
 
 def test_run_ends_with_an_evaluation_whatever_the_interval_of_evaluations(tmp_path):
@@ -90,8 +97,7 @@ def test_small_run_with_the_same_seed_is_the_same_and_with_another_is_not(tmp_pa
         train(small_recipe(tmp_path / name, ["trainer.steps=2", f"trainer.seed={seed}"]))
         for name, seed in (("one", 3), ("same", 3), ("other", 4))
     )
-    assert (one / "metrics.csv").read_text() == (same / "metrics.csv").read_text()
-    assert (one / "metrics.csv").read_text() != (other / "metrics.csv").read_text()
+    assert repeated_metrics(one) == repeated_metrics(same) != repeated_metrics(other)
 
 
 @pytest.mark.parametrize(

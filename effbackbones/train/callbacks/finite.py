@@ -1,10 +1,14 @@
 """The guard between the gradients and the weights."""
 
+from collections.abc import Iterable
 from functools import partial
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from effbackbones.train.fsdp import whole
 
 
 class NonFiniteError(FloatingPointError):
@@ -17,12 +21,16 @@ class FiniteGuard(Callback):
     In fp16, the gradient scaler leaves out steps whose scaled gradient overflows and lowers its scale; that is normal,
     and the guard lets up to `max_skipped` of them pass in a row.
 
+    It also clips the gradient, by the norm that it has computed anyway: that takes as long as reading all weights.
+
     Args:
         max_skipped: Steps in a row that fp16's scaler may leave out.
+        clip: Norm that a larger gradient is scaled down to; None for no clipping.
     """
 
-    def __init__(self, max_skipped: int = 25):
+    def __init__(self, max_skipped: int = 25, clip: float | None = None):
         self.max_skipped = max_skipped
+        self.clip = clip
         self._skipped = 0
         self._loss: Tensor | None = None
         self._batch: object = None
@@ -40,14 +48,17 @@ class FiniteGuard(Callback):
         """Raises NonFiniteError, naming rank, step and the first module with a bad value."""
         assert self._loss is not None
         loss, self._loss = self._loss.float(), None
-        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads)  # a gradient too large for its norm counts as not finite
-        bad = torch.stack([~torch.isfinite(loss), ~torch.isfinite(norm.to(loss.device))]).float()
+        weights = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in weights])
+        # A gradient too large for its norm counts as not finite.
+        bad = torch.stack([~torch.isfinite(loss), ~torch.isfinite(whole(norm).to(loss.device))]).float()
         if trainer.world_size > 1:
             torch.distributed.all_reduce(bad, op=torch.distributed.ReduceOp.MAX)
         bad_loss, bad_grad = bad.bool().tolist()
         if not bad_loss and not bad_grad:
             self._skipped = 0
+            if self.clip is not None:
+                torch.nn.utils.clip_grads_with_norm_(weights, self.clip, norm)
             return
         if getattr(trainer.precision_plugin, "scaler", None) is not None and not bad_loss:
             self._skipped += 1
@@ -66,20 +77,19 @@ class FiniteGuard(Callback):
         )
 
     def _first_bad(self, pl_module: LightningModule) -> str:
-        # First of all, and on every rank: the forward passes wait for each other where batch norms synchronise.
+        # All of these on every rank: the forward passes wait for each other where batch norms synchronise, and so does
+        # what asks for shards. The backward pass goes from the last module to the first.
+        parameters = list(pl_module.named_parameters())
+        gradient = _first_not_finite((name, parameter.grad) for name, parameter in reversed(parameters))
+        weight = _first_not_finite(parameters)
         outputs = self._bad_outputs(pl_module)
-        for name, parameter in pl_module.named_parameters():
-            if not parameter.isfinite().all():
-                return f"the weight {name}"
+        if weight:
+            return f"the weight {weight}"
         if _has_bad(self._batch):
             return "the input batch"
         if outputs:
             return f"the output of {outputs[0]}"
-        # The backward pass goes from the last module to the first.
-        for name, parameter in reversed(list(pl_module.named_parameters())):
-            if parameter.grad is not None and not parameter.grad.isfinite().all():
-                return f"the gradient of {name}"
-        return "the loss"
+        return f"the gradient of {gradient}" if gradient else "the loss"
 
     def _bad_outputs(self, pl_module: LightningModule) -> list[str]:
         """Return the modules with a bad output when the last batch is repeated, the first to have one first."""
@@ -102,6 +112,14 @@ class FiniteGuard(Callback):
         return found
 
 
+def _first_not_finite(tensors: Iterable[tuple[str, Tensor | None]]) -> str | None:
+    bad = (name for name, tensor in tensors if tensor is not None and not whole(tensor.isfinite().all()))
+    return next(bad, None)
+
+
 def _has_bad(values: object) -> bool:
-    tensors = values if isinstance(values, (list, tuple)) else [values]
-    return any(isinstance(t, Tensor) and t.is_floating_point() and not t.isfinite().all() for t in tensors)
+    tensors = [
+        value for value in (values if isinstance(values, (list, tuple)) else [values]) if isinstance(value, Tensor)
+    ]
+    parts = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+    return any(part.is_floating_point() and not part.isfinite().all() for part in parts)

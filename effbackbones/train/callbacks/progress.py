@@ -5,10 +5,11 @@ import shutil
 import sys
 import time
 from collections import deque
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.profilers import Profiler
 from lightning.pytorch.trainer.states import TrainerFn
 
 from effbackbones.train.callbacks.stop import total_steps
@@ -18,12 +19,75 @@ PLAIN_SECONDS = 10.0  # between two lines anywhere else
 WINDOW = 50  # batches the speed is averaged over
 
 
-class ProgressLine(ProgressBar):
-    """Show `epoch 2/10  step 1430/7800  loss 0.412  lr 9.1e-04  812 img/s  1:43 left`, and each evaluation's metrics.
+class _Batch(NamedTuple):
+    seconds: float
+    waited: float
+    images: int
 
-    Steps are optimizer steps of the whole run; images/s are those of all devices, evaluation excluded;
-    the time left is that of the whole run, with the evaluations to come. Batches are (images, targets), or hold the
-    images as `inputs`.
+
+class Speed(NamedTuple):
+    """How fast a run trains, over all devices; the wait is the share of the time (0 to 1) spent waiting for data."""
+
+    seconds_per_batch: float
+    images_per_second: float
+    data_wait: float
+
+
+class Throughput(Profiler):
+    """The speed of training over its last 50 batches, and the share of that time in which the loop waits for data.
+
+    The first batch of a process, with its compilation and warm-up, and evaluations are left out. The wait is that of
+    the host, from asking the loader for a batch to having it, and nothing here waits for a device: one that still has
+    work queued meanwhile is idle for less. A trainer whose profiler this is says when it asks for a batch.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._window: deque[_Batch] = deque(maxlen=WINDOW)
+        self._ended_at: float | None = None
+        self._asked_at = 0.0
+        self._waited = 0.0  # since the last batch ended
+
+    def start(self, action_name: str) -> None:
+        if action_name.endswith(".train_dataloader_next"):
+            self._asked_at = time.monotonic()
+
+    def stop(self, action_name: str) -> None:
+        if action_name.endswith(".train_dataloader_next"):
+            self._waited += time.monotonic() - self._asked_at
+
+    def restart(self) -> None:
+        """Begin anew: the next batch is the first one."""
+        self._window.clear()
+        self._ended_at = None
+
+    def end_batch(self, images: int) -> None:
+        """Count a batch, of so many images on all devices, as done now."""
+        now = time.monotonic()
+        if self._ended_at is not None:
+            self._window.append(_Batch(now - self._ended_at, self._waited, images))
+        self._ended_at, self._waited = now, 0.0
+
+    def leave_out(self, seconds: float) -> None:
+        """Leave out so many seconds since the last batch ended."""
+        if self._ended_at is not None:
+            self._ended_at += seconds
+
+    def speed(self) -> Speed | None:
+        """Return the speed over the window; None before the second batch."""
+        seconds = sum(batch.seconds for batch in self._window)
+        if not seconds:
+            return None
+        images, waited = sum(batch.images for batch in self._window), sum(batch.waited for batch in self._window)
+        return Speed(seconds / len(self._window), images / seconds, waited / seconds)
+
+
+class ProgressLine(ProgressBar):
+    """Show `epoch 2/10  step 1430/7800  loss 0.412  lr 9.1e-04  812 img/s  wait 3%  1:43 left`, and evaluations.
+
+    Steps are optimizer steps of the whole run; images/s are those of all devices, evaluation excluded; the wait is the
+    share of the time in which the loop waits for its loader; the time left is that of the whole run, with the
+    evaluations to come. Speed and wait are logged too. Batches are (images, targets), or hold the images as `inputs`.
 
     Args:
         stream: where to write; None: standard output.
@@ -35,8 +99,7 @@ class ProgressLine(ProgressBar):
         self.is_enabled = True
         self._line = ""  # what stands on the terminal's current line
         self._shown_at = -math.inf
-        self._window: deque[tuple[float, int]] = deque(maxlen=WINDOW)  # seconds and images of the last batches
-        self._batch_ended_at: float | None = None
+        self._throughput = Throughput()
         self._evaluation_began_at = 0.0
         self._evaluation_seconds: float | None = None
         self._batches_evaluated = 0
@@ -55,20 +118,24 @@ class ProgressLine(ProgressBar):
         if line:
             self._show(line)
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        trainer.profiler = self._throughput  # type: ignore[attr-defined]
+
     # Training
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._window.clear()
-        self._batch_ended_at = None
+        self._throughput.restart()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        now = time.monotonic()
-        if self._batch_ended_at is not None:  # the first batch of a run carries its compilation and warm-up
-            self._window.append((now - self._batch_ended_at, _images(batch) * trainer.world_size))
-        self._batch_ended_at = now
-        if trainer.is_last_batch or self._is_due(now) or trainer.global_step >= total_steps(trainer):
+        self._throughput.end_batch(_images(batch) * trainer.world_size)
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if trainer.global_step % every == 0 and (speed := self._throughput.speed()):
+            metrics = {"train/images_per_second": speed.images_per_second, "train/data_wait": speed.data_wait}
+            pl_module.log_dict(metrics)
+        if trainer.is_last_batch or self._is_due(time.monotonic()) or trainer.global_step >= total_steps(trainer):
             self._show(self._train_line(trainer))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -98,8 +165,7 @@ class ProgressLine(ProgressBar):
         if trainer.sanity_checking:
             return
         self._evaluation_seconds = time.monotonic() - self._evaluation_began_at
-        if self._batch_ended_at is not None:
-            self._batch_ended_at += self._evaluation_seconds
+        self._throughput.leave_out(self._evaluation_seconds)
         self._show(_join(_epoch(trainer), *_evaluation_metrics(trainer)))
         self._finish()
 
@@ -111,16 +177,16 @@ class ProgressLine(ProgressBar):
 
     def _train_line(self, trainer: Trainer) -> str:
         # Reading a metric waits for the device: this is called for lines that are shown, and only for those.
-        metrics = trainer.callback_metrics if self.is_enabled else {}
-        seconds = sum(seconds for seconds, _ in self._window)
-        images = sum(images for _, images in self._window)
+        metrics = getattr(trainer.lightning_module, "step_metrics", {}) if self.is_enabled else {}
+        speed = self._throughput.speed()
         return _join(
             _epoch(trainer),
             f"step {_of(trainer.global_step, total_steps(trainer))}",
             f"loss {_number(float(metrics['train/loss']))}" if "train/loss" in metrics else "",
             f"lr {float(metrics['lr']):.1e}" if "lr" in metrics else "",
-            _speed(images / seconds) if seconds else "",
-            self._time_left(trainer, seconds / len(self._window)) if seconds else "",
+            _rate(speed.images_per_second) if speed else "",
+            f"wait {speed.data_wait:.0%}" if speed else "",
+            self._time_left(trainer, speed.seconds_per_batch) if speed else "",
         )
 
     def _time_left(self, trainer: Trainer, seconds_per_batch: float) -> str:
@@ -213,7 +279,7 @@ def _number(value: float) -> str:
     return f"{value:.3f}" if abs(value) >= 0.1 else f"{value:.3g}"
 
 
-def _speed(rate: float) -> str:
+def _rate(rate: float) -> str:
     return f"{rate:.0f} img/s" if rate >= 10 else f"{rate:.1f} img/s"
 
 

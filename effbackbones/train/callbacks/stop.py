@@ -17,11 +17,15 @@ class EndOfRun(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         trainer.should_stop = trainer.global_step >= self.steps
+        self._evaluate_at_the_end(trainer)  # or one more step would be trained where that evaluation was the last thing
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         trainer.should_stop = trainer.should_stop or trainer.global_step >= self.steps
+        self._evaluate_at_the_end(trainer)
+
+    def _evaluate_at_the_end(self, trainer: Trainer) -> None:
         if trainer.should_stop or trainer.current_epoch + 1 == trainer.max_epochs:
             trainer.check_val_every_n_epoch = 1
 

@@ -143,6 +143,8 @@ def make_plan(loaded: LoadedRecipe, world: int, images: int | None = None) -> Pl
             images, classes = len(data.train_dataset), len(data.classes)
         except (DataError, OSError) as error:
             warnings.append(f"the dataset is not there, --images N stands for it: {error}")
+    if recipe.task != "classification":
+        warnings.append("the activations of the head, which depend on what it finds, come on top of the memory")
     whole = footprint(recipe, world, classes)
     steps_per_epoch = steps = None
     if images is not None:

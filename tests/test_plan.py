@@ -264,3 +264,4 @@ def test_plan_of_a_dense_task_has_the_backbone_and_neck(task, tmp_path):
     step()
     assert plan.memory["ddp"].activations == pytest.approx(peak_bytes(step, "cpu"), rel=0.15)  # small images
     assert plan.steps == 2 * (plan.images // 8)
+    assert plan.warnings[0].startswith("the activations of the head")

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.plugins.layer_sync import TorchSyncBatchNorm
 from small_runs import BreakOff, BrokenOffError, checkpoint, small_recipe, train
+from small_sets import write_shards
 
 from effbackbones.config import Recipe, RecipeError, load_recipe
 from effbackbones.config.schema import AugmentConfig, DataConfig, OptimConfig, TrainerConfig
@@ -185,6 +186,14 @@ def test_another_batch_on_resume_is_refused_with_what_keeps_it(tmp_path):
     assert "data.global_batch=4 keeps the old batch" in message
     train(small_recipe(tmp_path / "run", ["data.global_batch=4", "trainer.accumulate=2"]))
     assert checkpoint(tmp_path / "run")["global_step"] == 12
+
+
+def test_other_nodes_with_images_of_their_own_are_refused_on_resume(tmp_path):
+    shards = ["data.source=shards", f"data.root={write_shards(tmp_path / 'set')}", "data.num_classes=2"]
+    settings = [*shards, "data.split_by_node=true", "trainer.steps=1", "trainer.limit_val=1", "data.global_batch=4"]
+    train(small_recipe(tmp_path / "run", settings))
+    with pytest.raises(RecipeError, match=r"of another recipe:\n  trainer\.nodes: 1 then, 2 now\n"):
+        train(small_recipe(tmp_path / "run", [*settings, "trainer.nodes=2", "trainer.devices=1"]))
 
 
 @pytest.mark.parametrize(("stages", "calls"), [("true", [2, 2, 2, 2]), ("[1, 3]", [1, 2, 1, 2]), ("false", [1] * 4)])

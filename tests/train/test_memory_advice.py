@@ -89,6 +89,10 @@ def test_settings_are_those_that_save_most_by_the_estimate_in_that_order(tmp_pat
             ("data.batch_size=2", "augment.mixup=0.8", "model.grad_checkpointing=true", "data.size=96"),
             ["trainer.precision=bf16", "data.size=64"],
         ),
+        (
+            ("data.batch_size=1", "ema.decay=0.9", "trainer.monitor=top1_ema"),  # which needs the average
+            ["model.grad_checkpointing=true", "trainer.precision=bf16"],
+        ),
     ],
 )
 def test_settings_are_possible_ones_where_nothing_can_be_estimated(tmp_path, monkeypatch, overrides, settings):

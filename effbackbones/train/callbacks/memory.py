@@ -6,7 +6,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 
-from effbackbones.config import Recipe, RecipeError
+from effbackbones.config import Recipe, RecipeError, check
 from effbackbones.train.batch import device_batch
 
 SUGGESTIONS = 3
@@ -47,7 +47,7 @@ def _explanation(recipe: Recipe, trainer: Trainer, classes: int, error: BaseExce
         place = f"evaluation at step {trainer.global_step}"
     reason = str(error).partition("\n")[0] or type(error).__name__
     lines = [f"rank {trainer.global_rank}, {place}: out of memory: {reason}"]
-    changes = _for_training(recipe, world) if training else _for_evaluation(recipe)
+    changes = _changes(recipe, world, training)
     notes = ["" for _ in changes]
     try:
         plan = estimate_memory(recipe, world, classes)
@@ -71,53 +71,35 @@ def _setting(item: tuple[str, Any]) -> str:
     return f"{key}={value if isinstance(value, str) else json.dumps(value, separators=(',', ':'))}"
 
 
-def _for_training(recipe: Recipe, world: int) -> list[Change]:
-    """Return changes that save memory in training, those that keep what is computed first."""
+def _changes(recipe: Recipe, world: int, training: bool) -> list[Change]:
+    """Return changes that save memory; smaller images, with which the model becomes another one, only in need."""
     model, data, trainer = recipe.model, recipe.data, recipe.trainer
-    changes: list[Change] = []
-    if model.grad_checkpointing is not True:
-        changes.append({"model.grad_checkpointing": True})
-    halves: Change = {"data.batch_size": data.batch_size // 2, "trainer.accumulate": 2 * trainer.accumulate}
-    if data.global_batch is not None:
-        del halves["data.batch_size"]
-    if _is_possible(_changed(recipe, halves), world):
-        changes.append(halves)
+    changes: list[Change] = [{"data.eval_batch_size": (data.eval_batch_size or data.batch_size) // 2}]
+    if training:
+        halves: Change = {"data.batch_size": data.batch_size // 2, "trainer.accumulate": 2 * trainer.accumulate}
+        if data.global_batch is not None:
+            del halves["data.batch_size"]
+        changes = [{"model.grad_checkpointing": True}, halves] if model.grad_checkpointing is not True else [halves]
     if trainer.precision == "32":
         changes.append({"trainer.precision": "bf16"})
-    if world > 1 and trainer.strategy != "fsdp":
+    if training and world > 1 and trainer.strategy != "fsdp":
         changes.append({"trainer.strategy": "fsdp"})
     if recipe.ema.decay is not None:
         changes.append({"ema.decay": None})
-    return changes if len(changes) >= SUGGESTIONS else changes + _smaller_images(recipe)
-
-
-def _for_evaluation(recipe: Recipe) -> list[Change]:
-    data = recipe.data
-    changes: list[Change] = []
-    batch = data.eval_batch_size or data.batch_size
-    if batch > 1:
-        changes.append({"data.eval_batch_size": batch // 2})
-    if recipe.trainer.precision == "32":
-        changes.append({"trainer.precision": "bf16"})
-    if recipe.ema.decay is not None:
-        changes.append({"ema.decay": None})
-    return changes if len(changes) >= SUGGESTIONS else changes + _smaller_images(recipe)
-
-
-def _smaller_images(recipe: Recipe) -> list[Change]:
-    data = recipe.data
+    changes = [change for change in changes if _is_possible(_changed(recipe, change), world)]
+    if len(changes) >= SUGGESTIONS:
+        return changes
     if recipe.task == "detection":
-        return [{"data.scale": [max(32, side * 3 // 4) for side in data.scale]}]
-    return [{"data.size": max(32, data.size * 3 // 4 // 32 * 32)}] if data.size > 32 else []
+        return [*changes, {"data.scale": [max(32, side * 3 // 4) for side in data.scale]}]
+    return [*changes, {"data.size": max(32, data.size * 3 // 4 // 32 * 32)}] if data.size > 32 else changes
 
 
 def _is_possible(recipe: Recipe, world: int) -> bool:
-    """Return whether the batch of each device has images left, in pairs where they are mixed."""
+    """Return whether the keys of a recipe go together, and its batches have images left."""
     try:
-        batch = device_batch(recipe, world)
+        return device_batch(recipe, world) > 0 and recipe.data.eval_batch_size != 0 and not any(check(recipe))
     except RecipeError:
         return False
-    return batch > 0 and not (batch % 2 and (recipe.augment.mixup or recipe.augment.cutmix))
 
 
 def _changed(recipe: Recipe, change: Change) -> Recipe:

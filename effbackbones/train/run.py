@@ -245,7 +245,7 @@ def _check_same_recipe(folder: Path, loaded: LoadedRecipe, saved_batch: int, bat
         if same_head(before["model.head"], now["model.head"]):
             now["model.head"] = before["model.head"]
     same_batch = saved_batch == batch
-    may_change = (*MAY_CHANGE, *BATCH) if same_batch else MAY_CHANGE
+    may_change: tuple[str, ...] = (*MAY_CHANGE, *BATCH) if same_batch else MAY_CHANGE
     if loaded.recipe.data.split_by_node:  # nodes have other images then
         may_change = tuple(key for key in may_change if key != "trainer.nodes")
     keys = [key for key in now | before if not key.startswith(may_change)]

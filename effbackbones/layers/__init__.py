@@ -11,10 +11,12 @@ from effbackbones.layers.attention import (
 )
 from effbackbones.layers.cached import Cached, constant
 from effbackbones.layers.downsample import ConvDownsample
+from effbackbones.layers.folding import fold_identity, fold_norm, fold_norm_before, fold_scale
 from effbackbones.layers.head import ProjectionHead
 from effbackbones.layers.linear import Linear, linear_bhwc
 from effbackbones.layers.mlp import Mlp
 from effbackbones.layers.pos_bias import RelativePositionBias, resize_table
+from effbackbones.layers.reference import ops_backend, use_reference
 from effbackbones.layers.scale import layer_scales, scaled
 from effbackbones.layers.window import (
     join_window_heads,
@@ -36,16 +38,22 @@ __all__ = [
     "attention_backend",
     "attention_report",
     "constant",
+    "fold_identity",
+    "fold_norm",
+    "fold_norm_before",
+    "fold_scale",
     "join_window_heads",
     "join_windows",
     "last_backend",
     "layer_scales",
     "linear_bhwc",
+    "ops_backend",
     "pad_to_windows",
     "resize_table",
     "scaled",
     "served_backends",
     "split_window_heads",
     "split_windows",
+    "use_reference",
     "why_not",
 ]

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from effbackbones.layers.reference import use_reference
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -15,7 +17,8 @@ T = TypeVar("T")
 def constant(function: Callable[P, T]) -> Callable[P, T]:
     """Decorate a function of hashable arguments that makes index tables, masks and the like: keep its last 64 results.
 
-    Under torch.compile, torch.export and modes that trace or fake tensors the function is called instead.
+    Under torch.compile, torch.export and modes that trace or fake tensors, and where the operators' references are
+    forced, the function is called instead.
     """
 
     @functools.lru_cache(maxsize=64)
@@ -26,7 +29,7 @@ def constant(function: Callable[P, T]) -> Callable[P, T]:
 
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> T:
-        return function(*args, **kwargs) if _traced() else cached(*args, **kwargs)
+        return function(*args, **kwargs) if _traced() or use_reference() else cached(*args, **kwargs)
 
     return wrapper
 
@@ -39,9 +42,10 @@ def _traced() -> bool:
 class Cached(nn.Module):
     """A module that keeps what it derives from its parameters while it evaluates without gradients.
 
-    Nothing is kept in training, under torch.compile and torch.export, or where a gradient has to flow; what was kept
-    is dropped when the mode, the dtype or the device changes, and computed anew when a parameter has been written to
-    (through `parameter.data` alone it is not noticed). It is no part of state dicts, copies and pickles.
+    Nothing is kept in training, under torch.compile and torch.export, or where a gradient has to flow or the operators'
+    references are forced; what was kept is dropped when the mode, the dtype or the device changes, and computed anew
+    when a parameter has been written to (through `parameter.data` alone it is not noticed). It is no part of state
+    dicts, copies and pickles.
     """
 
     max_kept: ClassVar[int] = 2
@@ -60,7 +64,7 @@ class Cached(nn.Module):
             compute: Computes it, a tensor or a tuple of tensors.
         """
         needs_grad = torch.is_grad_enabled() and any(source.requires_grad for source in sources)
-        passing = _traced() or any(source.is_inference() or source.is_meta for source in sources)
+        passing = _traced() or use_reference() or any(source.is_inference() or source.is_meta for source in sources)
         if self.training or needs_grad or passing:
             return compute()
         device = sources[0].device.type

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from effbackbones.layers.reference import use_reference
+
 
 class Linear(nn.Linear):
     """A linear layer over a map, (B, H, W, C_in) to (B, H, W, C), computed by :func:`linear_bhwc`."""
@@ -17,11 +19,12 @@ def linear_bhwc(x_bhwc: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
 
     Torch gives linear layers in float32 to MKL, convolutions to oneDNN, which took half the time where this was
     measured (AMD EPYC, one thread). In other dtypes, on other devices, under autocast, torch.compile and torch.export,
-    it is F.linear.
+    and where the operators' references are forced, it is F.linear.
     """
     images, height, width, channels = x_bhwc.shape
     if (
         torch.compiler.is_compiling()
+        or use_reference()
         or x_bhwc.device.type != "cpu"
         or x_bhwc.dtype != torch.float32
         or torch.is_autocast_enabled("cpu")

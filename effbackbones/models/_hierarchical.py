@@ -141,6 +141,23 @@ class HierarchicalBackbone(nn.Module):
             stage.grad_checkpointing = enable and (stages is None or i in stages)
 
     @torch.jit.ignore
+    def fuse(self) -> "HierarchicalBackbone":
+        """Fold norms, scales and residuals into the layers beside them, for inference: in place, once and for all.
+
+        Outputs are the same up to rounding. Parameters are other ones, which fit no checkpoint and take no gradient.
+
+        Raises:
+            RuntimeError: The model is in training mode.
+        """
+        if self.training:
+            raise RuntimeError("fuse() is for inference: call model.eval() first")
+        for module in reversed(list(self.modules())):  # what is inside first
+            if callable(fold := getattr(module, "fold", None)):
+                fold()
+        self.requires_grad_(False)
+        return self
+
+    @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
         """Return the classifier layer."""
         return self.head.fc

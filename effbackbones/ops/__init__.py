@@ -4,7 +4,7 @@
 fast path of the device at hand.
 """
 
-from effbackbones.ops._backend import ops_backend, use_reference
+from effbackbones.layers.reference import ops_backend, use_reference
 from effbackbones.ops.aggregated_attention import aggregated_attention
 from effbackbones.ops.super_tokens import sample_super_tokens, super_token_attention
 from effbackbones.ops.token_merging import token_merging

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from effbackbones.layers.cached import constant
-from effbackbones.ops._backend import use_reference
+from effbackbones.layers.reference import use_reference
 
 Pair = tuple[int, int]
 

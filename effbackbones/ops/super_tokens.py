@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from effbackbones.layers.reference import use_reference
 from effbackbones.layers.window import join_windows, pad_to_windows, split_windows
-from effbackbones.ops._backend import use_reference
 
 Grid = tuple[int, int]
 

@@ -3,14 +3,13 @@
     OMP_NUM_THREADS=1 python tools/bench_scale.py steps quickstart --ranks 1 2 4 --strategies ddp fsdp --out steps.json
     OMP_NUM_THREADS=1 python tools/bench_scale.py checkpoint gc_vit_large --out checkpoint.json
 
-Ranks are processes that talk by gloo where there is no GPU. The batch of each stays the same, so that a step would take
-as long at any number of ranks if each had a machine of its own; on one machine they share its cores.
+Linux only. Ranks are processes that talk by gloo where there is no GPU. The batch of each stays the same, so that a
+step would take as long at any number of ranks if each had a machine of its own; on one machine they share its cores.
 """
 
 import argparse
 import json
 import os
-import resource
 import socket
 import subprocess
 import sys
@@ -57,8 +56,9 @@ class Times(Callback):
         """Bytes: resident ones of the process, or of the device where there is one."""
         if torch.cuda.is_available():
             return torch.cuda.max_memory_allocated()
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        # Not by getrusage, which counts those of the process that started this one.
+        (peak,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
+        return 1024 * int(peak.split()[1])
 
 
 def train_as_rank(recipe: str, overrides: list[str], steps: int) -> None:

@@ -95,8 +95,9 @@ class TrainingModule(LightningModule):
         steps_per_epoch = math.ceil(min(batches, cfg.limit_train or batches) / cfg.accumulate)
         steps = min(cfg.epochs * steps_per_epoch, cfg.steps or sys.maxsize)
         # Of torch 2.11, the fused step of shards on CPU leaves them as they are.
-        fused = cfg.precision != "fp16" and cfg.strategy != "fsdp"
-        optimizer = build_optimizer(self.parameters_to_train(), self.recipe.optim, self.global_batch, fused)
+        sharded = cfg.strategy == "fsdp"
+        fused = cfg.precision != "fp16" and not sharded
+        optimizer = build_optimizer(self.parameters_to_train(), self.recipe.optim, self.global_batch, fused, sharded)
         if beside := self.parameters_beside_model():
             optimizer.add_param_group({"params": beside, "weight_decay": 0.0})
         schedule = build_schedule(optimizer, self.recipe.schedule, steps, steps_per_epoch)

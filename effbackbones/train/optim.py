@@ -20,17 +20,24 @@ FUSED = ("adam", "adamw", "sgd", "momentum")
 
 
 def build_optimizer(
-    model: nn.Module | list[dict[str, Any]], optim: OptimConfig, global_batch: int, fused: bool = False
+    model: nn.Module | list[dict[str, Any]],
+    optim: OptimConfig,
+    global_batch: int,
+    fused: bool = False,
+    foreach: bool = False,
 ) -> torch.optim.Optimizer:
     """Return the optimizer of a model's parameters, grouped by weight decay and, with `layer_decay`, by layer.
 
     Groups that are given in place of a model are taken as they are, with their rates and weight decays.
 
     With `fused`, the optimizers that have one take a step in a single kernel. Under fp16's scaler, that is where the
-    gradients lose their scale: too late to check and clip them. A state that is loaded leaves the settings as they are.
+    gradients lose their scale: too late to check and clip them. With `foreach`, the same ones step through all tensors
+    in a few calls, which torch does not choose for shards by itself. A state that is loaded leaves the settings as they
+    are.
     """
     options: dict[str, Any] = {"betas": optim.betas, "eps": optim.eps, "momentum": optim.momentum}
     options["fused"] = True if fused and optim.name in FUSED else None
+    options["foreach"] = True if foreach and optim.name in FUSED else None
     optimizer = create_optimizer_v2(
         model,
         optim.name,

@@ -127,7 +127,7 @@ def test_nodes_train_on_their_own_shards_for_as_many_steps(tmp_path):
         tmp_path / "run0" / "recipe.yaml", ["trainer.nodes=1", "data.batch_size=4", f"data.root={shards}"]
     )
     alone.recipe.run.dir = str(tmp_path / "run0")
-    with pytest.raises(RecipeError, match="trainer.nodes: 2 then, 1 now"):
+    with pytest.raises(RecipeError, match=r"trainer\.nodes: 2 then, 1 now"):
         train(alone)
     alone.recipe.run.force = True
     with pytest.raises(DataError, match="were split over 2 nodes, here they are over 1, in another order"):

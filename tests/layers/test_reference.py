@@ -4,7 +4,8 @@ import runpy
 
 import pytest
 
-from effbackbones.ops import _backend, ops_backend, use_reference
+from effbackbones.layers.reference import __file__ as module_file
+from effbackbones.layers.reference import ops_backend, use_reference
 
 
 def test_context_forces_a_path_and_restores_the_one_before():
@@ -38,7 +39,7 @@ def test_environment_variable_chooses_at_import(value, reference, monkeypatch):
     monkeypatch.delenv("EFFBACKBONES_OPS", raising=False)
     if value:
         monkeypatch.setenv("EFFBACKBONES_OPS", value)
-    assert runpy.run_path(_backend.__file__)["use_reference"]() is reference
+    assert runpy.run_path(module_file)["use_reference"]() is reference
 
 
 @pytest.mark.parametrize("value", ["fast", ""])
@@ -47,4 +48,4 @@ def test_bad_environment_variable_raises_and_names_it(value, monkeypatch):
     with pytest.raises(
         ValueError, match=f"environment variable EFFBACKBONES_OPS is '{value}'; expected one of auto, reference"
     ):
-        runpy.run_path(_backend.__file__)
+        runpy.run_path(module_file)

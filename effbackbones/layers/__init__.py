@@ -10,8 +10,9 @@ from effbackbones.layers.attention import (
     why_not,
 )
 from effbackbones.layers.cached import Cached, constant
+from effbackbones.layers.depthwise import DepthwiseResidual
 from effbackbones.layers.downsample import ConvDownsample
-from effbackbones.layers.folding import fold_identity, fold_norm, fold_norm_before, fold_scale
+from effbackbones.layers.folding import fold_norm, fold_norm_before, fold_scales
 from effbackbones.layers.head import ProjectionHead
 from effbackbones.layers.linear import Linear, linear_bhwc
 from effbackbones.layers.mlp import Mlp
@@ -29,6 +30,7 @@ from effbackbones.layers.window import (
 __all__ = [
     "Cached",
     "ConvDownsample",
+    "DepthwiseResidual",
     "Linear",
     "Mlp",
     "ProjectionHead",
@@ -38,10 +40,9 @@ __all__ = [
     "attention_backend",
     "attention_report",
     "constant",
-    "fold_identity",
     "fold_norm",
     "fold_norm_before",
-    "fold_scale",
+    "fold_scales",
     "join_window_heads",
     "join_windows",
     "last_backend",

@@ -2,6 +2,8 @@
 
 from torch import Tensor, nn
 
+from effbackbones.layers.folding import fold_norm
+
 
 class ConvDownsample(nn.Module):
     """A 3x3 convolution of stride 2 with a batch norm."""
@@ -13,3 +15,7 @@ class ConvDownsample(nn.Module):
 
     def forward(self, x_bchw: Tensor) -> Tensor:
         return self.norm(self.proj(x_bchw))
+
+    def fold(self) -> None:
+        fold_norm(self.proj, self.norm)
+        self.norm = nn.Identity()

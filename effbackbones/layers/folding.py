@@ -39,6 +39,14 @@ def fold_scale(layer: Layer, scale: Tensor) -> None:
         layer.bias = _fixed(layer.bias.detach() * scale_c)
 
 
+def fold_scales(block: nn.Module, first: Layer, second: Layer) -> None:
+    """Fold the layer scales `gamma1` and `gamma2` of a block, where it has them, into the last layer of each branch."""
+    for name, layer in (("gamma1", first), ("gamma2", second)):
+        if (gamma := getattr(block, name)) is not None:
+            fold_scale(layer, gamma)
+            setattr(block, name, None)
+
+
 def fold_identity(conv: nn.Conv2d) -> None:
     """Fold x into x + conv(x), of a depthwise convolution that keeps the map's size."""
     weight = conv.weight.detach().clone()

@@ -3,6 +3,8 @@
 from timm.layers import ClassifierHead
 from torch import Tensor, nn
 
+from effbackbones.layers.folding import fold_norm
+
 
 class ProjectionHead(ClassifierHead):
     """A classifier that widens the map by a 1x1 convolution, batch norm and activation before it pools.
@@ -35,3 +37,7 @@ class ProjectionHead(ClassifierHead):
 
     def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         return super().forward(self.act(self.bn(self.conv(x))), pre_logits)
+
+    def fold(self) -> None:
+        fold_norm(self.conv, self.bn)
+        self.bn = nn.Identity()

@@ -25,6 +25,7 @@ from effbackbones.layers import (
     Mlp,
     RelativePositionBias,
     attend,
+    fold_scales,
     join_window_heads,
     join_windows,
     layer_scales,
@@ -195,6 +196,9 @@ class Block(nn.Module):
     def forward(self, x_bhwc: Tensor, q_bhnd: Tensor | None) -> Tensor:
         x = x_bhwc + self.drop_path(scaled(self.attn(self.norm1(x_bhwc), q_bhnd), self.gamma1))
         return x + self.drop_path(scaled(self.mlp(self.norm2(x)), self.gamma2))
+
+    def fold(self) -> None:
+        fold_scales(self, self.attn.proj, self.mlp.fc2)
 
 
 class GlobalContextStage(Stage):

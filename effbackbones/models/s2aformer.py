@@ -19,7 +19,7 @@ from timm.layers import DropPath, LayerNorm2d, calculate_drop_path_rates, trunc_
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from effbackbones.layers import Mlp, ProjectionHead, attend, pad_to_windows
+from effbackbones.layers import DepthwiseResidual, Mlp, ProjectionHead, attend, fold_norm, pad_to_windows
 from effbackbones.models._hierarchical import (
     HierarchicalBackbone,
     Stage,
@@ -40,6 +40,10 @@ class StemLayer(nn.Module):
 
     def forward(self, x_bchw: Tensor) -> Tensor:
         return F.gelu(self.bn(self.conv(x_bchw)))
+
+    def fold(self) -> None:
+        fold_norm(self.conv, self.bn)
+        self.bn = nn.Identity()
 
 
 class Stem(nn.Sequential):
@@ -101,6 +105,11 @@ class StripAttention(nn.Module):
         out_bhwc = out_bhnd.transpose(1, 2).reshape(x_bhwc.shape)
         return out_bhwc if self.heads == 1 else self.proj(out_bhwc)
 
+    def fold(self) -> None:
+        if self.sr_ratio > 1:
+            fold_norm(self.sr, self.sr_bn)
+            self.sr_bn = nn.Identity()
+
 
 def strip(x_bnc: Tensor, layer: nn.Linear) -> Tensor:
     """Return the queries or keys of tokens, one channel for each head: (B, heads, N, 1), at least in float32."""
@@ -127,13 +136,17 @@ class LocalInteraction(nn.Module):
         x_bchw = F.gelu(self.bn(self.dw1(x_bhwc.permute(0, 3, 1, 2))))
         return self.dw2(x_bchw).permute(0, 2, 3, 1)
 
+    def fold(self) -> None:
+        fold_norm(self.dw1, self.bn)
+        self.bn = nn.Identity()
+
 
 class Block(nn.Module):
     """Hybrid perception block: a depthwise residual, strip self-attention, local interaction, an MLP."""
 
     def __init__(self, dim: int, heads: int, sr_ratio: int, mlp_ratio: float, drop_path: float):
         super().__init__()
-        self.lpu = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+        self.lpu = DepthwiseResidual(dim)
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = StripAttention(dim, heads, sr_ratio)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
@@ -143,7 +156,7 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x_bchw: Tensor) -> Tensor:
-        x = (x_bchw + self.lpu(x_bchw)).permute(0, 2, 3, 1)
+        x = self.lpu(x_bchw).permute(0, 2, 3, 1)
         x = x + self.drop_path(self.attn(self.norm1(x)))
         x = x + self.drop_path(self.lim(self.norm2(x)))
         x = x + self.drop_path(self.mlp(self.norm3(x)))

@@ -21,7 +21,15 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from effbackbones.checkpoint import KeyMap
-from effbackbones.layers import Cached, attend, constant, join_window_heads, join_windows, split_window_heads
+from effbackbones.layers import (
+    Cached,
+    DepthwiseResidual,
+    attend,
+    constant,
+    join_window_heads,
+    join_windows,
+    split_window_heads,
+)
 from effbackbones.models._hierarchical import (
     HierarchicalBackbone,
     Stage,
@@ -114,24 +122,13 @@ class ConvMlp(nn.Module):
     def __init__(self, dim: int):
         super().__init__()
         self.fc1 = nn.Linear(dim, 4 * dim)
-        self.dwconv = nn.Conv2d(4 * dim, 4 * dim, 3, padding=1, groups=4 * dim)
+        self.dwconv = DepthwiseResidual(4 * dim)
         self.act = nn.GELU()
         self.fc2 = nn.Linear(4 * dim, dim)
 
     def forward(self, x_bhwc: Tensor) -> Tensor:
-        return self.fc2(self.act(depthwise(self.dwconv, self.fc1(x_bhwc), residual=True)))
-
-
-def depthwise(conv: nn.Conv2d, x_bhwc: Tensor, residual: bool = False) -> Tensor:
-    """Return a depthwise 3x3 convolution of a channels-last map; with the map itself on top where `residual`."""
-    weight = conv.weight + centre_tap(conv.weight.device, conv.weight.dtype) if residual else conv.weight
-    return F.conv2d(x_bhwc.permute(0, 3, 1, 2), weight, conv.bias, padding=1, groups=conv.groups).permute(0, 2, 3, 1)
-
-
-@constant
-def centre_tap(device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Return the 3x3 kernel that changes nothing."""
-    return F.pad(torch.ones(1, 1, device=device, dtype=dtype), (1, 1, 1, 1))
+        x_bchw = self.dwconv(self.fc1(x_bhwc).permute(0, 3, 1, 2))
+        return self.fc2(self.act(x_bchw.permute(0, 2, 3, 1)))
 
 
 def attend_and_count(q_bhnd: Tensor, k_bhmd: Tensor, v_bhmd: Tensor) -> tuple[Tensor, Tensor]:
@@ -177,7 +174,8 @@ class Attention(nn.Module):
 
     def project(self, x_bhwc: Tensor, out_bhwc: Tensor) -> Tensor:
         """Return the projection of the heads' output and of the depthwise branch of the input."""
-        return self.proj(out_bhwc + depthwise(self.lepe_conv, self.lepe_linear(x_bhwc)))
+        lepe_bchw = self.lepe_conv(self.lepe_linear(x_bhwc).permute(0, 3, 1, 2))
+        return self.proj(out_bhwc + lepe_bchw.permute(0, 2, 3, 1))
 
 
 class FullAttention(Attention):

@@ -18,7 +18,16 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from effbackbones.checkpoint import CheckpointError, KeyMap
-from effbackbones.layers import ConvDownsample, ProjectionHead, attend, layer_scales, scaled
+from effbackbones.layers import (
+    ConvDownsample,
+    DepthwiseResidual,
+    ProjectionHead,
+    attend,
+    fold_norm_before,
+    fold_scales,
+    layer_scales,
+    scaled,
+)
 from effbackbones.models._hierarchical import HierarchicalBackbone, Stage, backbone_cfg, create_backbone, init_linear
 from effbackbones.ops import sample_super_tokens, super_token_attention
 
@@ -47,19 +56,6 @@ class Stem(nn.Sequential):
 
     def forward(self, x_bchw: Tensor) -> Tensor:
         return super().forward(x_bchw.contiguous(memory_format=torch.channels_last))
-
-
-class DepthwiseResidual(nn.Conv2d):
-    """A map plus its depthwise 3x3 convolution."""
-
-    def __init__(self, dim: int):
-        super().__init__(dim, dim, 3, padding=1, groups=dim)
-
-    def forward(self, x_bchw: Tensor) -> Tensor:
-        out_bchw = super().forward(x_bchw)
-        if out_bchw.dtype != x_bchw.dtype:  # autocast: the sum keeps the precision of the residual stream
-            return out_bchw + x_bchw
-        return out_bchw.add_(x_bchw)  # in place: these are the largest maps
 
 
 class ConvMlp(nn.Module):
@@ -140,6 +136,11 @@ class Block(nn.Module):
         x = x + self.drop_path(scaled(y, self.gamma1))
         y = self.mlp(self.norm2(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         return x + self.drop_path(scaled(y, self.gamma2))
+
+    def fold(self) -> None:
+        fold_norm_before(self.norm2, self.mlp.fc1)
+        self.norm2 = nn.Identity()
+        fold_scales(self, self.attn.proj, self.mlp.fc2)
 
 
 class STViT(HierarchicalBackbone):

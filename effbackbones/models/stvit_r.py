@@ -39,6 +39,8 @@ from effbackbones.layers import (
     aligned_bias,
     attend,
     constant,
+    fold_norm,
+    fold_scales,
     join_window_heads,
     layer_scales,
     pad_to_windows,
@@ -79,6 +81,11 @@ class ConvStem(nn.Module):
             x_bchw = F.pad(x_bchw, (0, pad_w, 0, pad_h))
         x_bchw = self.act(self.norm1(self.conv1(x_bchw)))
         return self.act(self.norm2(self.conv2(x_bchw)))
+
+    def fold(self) -> None:
+        fold_norm(self.conv1, self.norm1)
+        fold_norm(self.conv2, self.norm2)
+        self.norm1, self.norm2 = nn.Identity(), nn.Identity()
 
 
 # Swin
@@ -174,6 +181,9 @@ class SwinBlock(nn.Module):
         x = x_bhwc + self.drop_path(scaled(self.attn(self.norm1(x_bhwc), shift), self.gamma1))
         return x + self.drop_path(scaled(self.mlp(self.norm2(x)), self.gamma2))
 
+    def fold(self) -> None:
+        fold_scales(self, self.attn.proj, self.mlp.fc2)
+
 
 class SwinStage(Stage):
     """A stage of Swin blocks: maps are channels last between its layers."""
@@ -254,6 +264,9 @@ class SemanticBlock(nn.Module):
     def feed_forward(self, x: Tensor) -> Tensor:
         """Return the tokens after the MLP."""
         return x + self.drop_path(scaled(self.mlp(self.norm2(x)), self.gamma2))
+
+    def fold(self) -> None:
+        fold_scales(self, self.attn.proj, self.mlp.fc2)
 
 
 class GenerateBlock(SemanticBlock):

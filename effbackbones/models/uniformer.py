@@ -21,8 +21,12 @@ from torch import Tensor, nn
 from effbackbones.checkpoint import KeyMap
 from effbackbones.layers import (
     ConvDownsample,
+    DepthwiseResidual,
     Mlp,
     attend,
+    fold_norm,
+    fold_norm_before,
+    fold_scales,
     join_windows,
     layer_scales,
     pad_to_windows,
@@ -59,6 +63,11 @@ class ConvStem(nn.Module):
         x_bchw = self.act(self.norm1(self.conv1(x_bchw)))
         return self.norm2(self.conv2(x_bchw))
 
+    def fold(self) -> None:
+        fold_norm(self.conv1, self.norm1)
+        fold_norm(self.conv2, self.norm2)
+        self.norm1, self.norm2 = nn.Identity(), nn.Identity()
+
 
 class ConvBlock(nn.Module):
     """Local block: a depthwise position residual, a 5x5 depthwise convolution in place of attention, an MLP."""
@@ -66,7 +75,7 @@ class ConvBlock(nn.Module):
     def __init__(self, dim: int, mlp_ratio: float, drop_path: float, layer_scale: float | None):
         super().__init__()
         pointwise = partial(nn.Conv2d, kernel_size=1)
-        self.pos_embed = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+        self.pos_embed = DepthwiseResidual(dim)
         self.norm1 = nn.BatchNorm2d(dim)
         self.conv1 = pointwise(dim, dim)
         self.dwconv = nn.Conv2d(dim, dim, 5, padding=2, groups=dim)
@@ -77,9 +86,15 @@ class ConvBlock(nn.Module):
         self.gamma1, self.gamma2 = layer_scales((1, dim, 1, 1), layer_scale)
 
     def forward(self, x_bchw: Tensor) -> Tensor:
-        x = x_bchw + self.pos_embed(x_bchw)
+        x = self.pos_embed(x_bchw)
         x = x + self.drop_path(scaled(self.conv2(self.dwconv(self.conv1(self.norm1(x)))), self.gamma1))
         return x + self.drop_path(scaled(self.mlp(self.norm2(x)), self.gamma2))
+
+    def fold(self) -> None:
+        fold_norm_before(self.norm1, self.conv1)
+        fold_norm_before(self.norm2, self.mlp.fc1)
+        self.norm1, self.norm2 = nn.Identity(), nn.Identity()
+        fold_scales(self, self.conv2, self.mlp.fc2)
 
 
 class Attention(nn.Module):
@@ -125,7 +140,7 @@ class AttentionBlock(nn.Module):
     ):
         super().__init__()
         self.window: int | None = None
-        self.pos_embed = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+        self.pos_embed = DepthwiseResidual(dim)
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, head_dim)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
@@ -140,12 +155,15 @@ class AttentionBlock(nn.Module):
         return x[:, :height, :width]
 
     def forward(self, x_bchw: Tensor) -> Tensor:
-        x = (x_bchw + self.pos_embed(x_bchw)).permute(0, 2, 3, 1)
+        x = self.pos_embed(x_bchw).permute(0, 2, 3, 1)
         y = self.norm1(x)
         y = self.attn(y.flatten(1, 2)).reshape(y.shape) if self.window is None else self._windowed(y, self.window)
         x = x + self.drop_path(scaled(y, self.gamma1))
         x = x + self.drop_path(scaled(self.mlp(self.norm2(x)), self.gamma2))
         return x.permute(0, 3, 1, 2)
+
+    def fold(self) -> None:
+        fold_scales(self, self.attn.proj, self.mlp.fc2)
 
 
 def safe_sum(score_bn: Tensor) -> Tensor:
@@ -164,7 +182,7 @@ class PruningBlock(AttentionBlock):
     def forward(  # type: ignore[override]
         self, x_bchw: Tensor, cls_b1c: Tensor, score_bn: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        x_bchw = x_bchw + self.pos_embed(x_bchw)
+        x_bchw = self.pos_embed(x_bchw)
         x_bnc = x_bchw.flatten(2).transpose(1, 2)
         if score_bn is None:
             t = torch.cat([cls_b1c, x_bnc], 1)

@@ -663,6 +663,40 @@ def test_damaged_checkpoint_through_timm_raises_and_names_the_key(name, tmp_path
         load(name, tmp_path / "damaged.pth")
 
 
+# Fusing
+
+
+@each_distinct
+@each_mode
+@torch.no_grad()
+def test_fused_model_gives_equal_outputs_without_norms_and_scales_that_fold(name, dense):
+    model, x = own(name, dense).double(), images(2, 3, 70, 96, dtype=torch.float64)
+    call = maps_of(model) if dense else model
+    expected = call(x)
+    assert model.fuse() is model
+    torch.testing.assert_close(call(x), expected, rtol=1e-10, atol=1e-10 * max(m.abs().max() for m in expected))
+    kinds = {type(module) for stage in model.stages for module in stage.modules()}
+    assert nn.BatchNorm2d not in kinds
+    assert not [key for key, parameter in model.named_parameters() if "gamma" in key or parameter.requires_grad]
+    assert not [module for module in model.modules() if getattr(module, "folded", True) is False]
+
+
+@each_class
+def test_fused_model_in_float32_is_within_1e_5(name):
+    x = images(2, 3, 64, 64)
+    model = copy.deepcopy(in_fixed_order(shared(name), x))
+    with torch.no_grad():
+        expected = model(x)
+        torch.testing.assert_close(model.fuse()(x), expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+
+
+@each_class
+def test_fusing_is_for_evaluation_alone(name):
+    model = own(name).train()
+    with pytest.raises(RuntimeError, match=r"call model\.eval\(\) first"):
+        model.fuse()
+
+
 # Compilation and export
 
 

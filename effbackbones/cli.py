@@ -43,6 +43,9 @@ EXAMPLES = {
   effb data scenes --out datasets/scenes                       1,000 small scenes in the layouts of COCO and ADE20K
   effb data check /data/imagenet --workers 16                  what a set holds, and every file that cannot be read""",
     "export": """
+  effb export onnx runs/quickstart --out quickstart.onnx       the best checkpoint of a run, for any batch
+  effb export torch uniformer_small --checkpoint uniformer_small_in1k.pth --out uniformer_small.pt2
+  effb export onnx uniformer_small --checkpoint uniformer_small_in1k.pth --dense --size 512 --out backbone.onnx
   effb export mm runs/scenes/mask_rcnn --out exported          config.py and weights.pth for mm's own tools""",
     "bench": """
   effb bench uniformer_small --vs attention=plain                    a model, and the same with plain attention
@@ -80,11 +83,12 @@ def _input_errors() -> tuple[type[Exception], ...]:
     from effbackbones.checkpoint import CheckpointError
     from effbackbones.config import RecipeError
     from effbackbones.data import DataError
+    from effbackbones.export import ExportError
     from effbackbones.train.callbacks.finite import NonFiniteError
     from effbackbones.train.callbacks.memory import MemoryLimitError
 
     bad_settings = NonFiniteError, MemoryLimitError, MisconfigurationException
-    return BenchError, RecipeError, CheckpointError, DataError, OSError, *bad_settings
+    return BenchError, RecipeError, CheckpointError, DataError, ExportError, OSError, *bad_settings
 
 
 def _stopped() -> type[Any]:
@@ -175,7 +179,17 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument(
         "--workers", type=_positive, default=workers, metavar="N", help=f"processes that read; default here: {workers}"
     )
-    export = command("export", "write a run for other tools").add_subparsers(dest="what", required=True, metavar="WHAT")
+    export = command("export", "write a model or a run for other tools").add_subparsers(
+        dest="what", required=True, metavar="WHAT"
+    )
+    for form, what in (("torch", "a program of torch.export"), ("onnx", "an ONNX file")):
+        one = export.add_parser(form, help=f"{what}, of any batch, checked against eager execution")
+        one.add_argument("target", help="run folder of a classifier, or name of a model")
+        one.add_argument("--out", required=True, metavar="FILE")
+        one.add_argument("--checkpoint", metavar="FILE", help="weights of a named model; without, random ones")
+        one.add_argument("--size", type=_size, help="224, or 224x320 for height x width; default: the model's own")
+        one.add_argument("--dense", action="store_true", help="of a named model: four maps in dense mode, no logits")
+        one.add_argument("--no-fuse", action="store_true", help="leave norms, scales and residuals as layers")
     mm = export.add_parser("mm", help="an mm config and weights of a run of a dense task")
     mm.add_argument("run", help="run folder")
     mm.add_argument("--out", required=True, metavar="DIR", help="a folder, for config.py and weights.pth")
@@ -188,7 +202,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="OTHER",
         help="what each is compared with: another NAME, or settings, joined by commas, of the same one: attention="
         "plain (or auto, sdpa, xformers), ops=reference (auto), dtype=bfloat16 (float16, float32), compile=yes (no), "
-        "channels_last=yes (no); or a NAME with settings: resnet50,dtype=bfloat16",
+        "channels_last=yes (no), fused=yes (no); or a NAME with settings: resnet50,dtype=bfloat16",
     )
     bench.add_argument(
         "--mode",
@@ -374,6 +388,8 @@ def _progress(unit: str) -> Callable[[int, int], None]:
 
 
 def export(args: argparse.Namespace) -> int:
+    if args.what != "mm":
+        return _export_program(args)
     from effbackbones.train.run import needing_mm
 
     with needing_mm("an export for mm"):
@@ -381,6 +397,25 @@ def export(args: argparse.Namespace) -> int:
 
     for path in export_mm(args.run, Path(args.out)):
         print(path)
+    return 0
+
+
+def _export_program(args: argparse.Namespace) -> int:
+    from effbackbones.export import Deployable, ExportError, export
+
+    if Path(args.target).is_dir():
+        if args.checkpoint or args.dense:
+            raise ExportError(f"{args.target} is a run: --checkpoint and --dense are for the name of a model")
+        source = Deployable.from_run(args.target, args.size)
+    else:
+        source = Deployable.from_model(args.target, args.checkpoint, args.size, args.dense)
+        if not args.checkpoint:
+            print(f"{args.target}: no --checkpoint is given, its weights are random")
+    difference = export(source, args.what, Path(args.out), not args.no_fuse)
+    height, width = source.size
+    print(f"{args.out}  images (batch, 3, {height}, {width}), off eager execution by {difference:.1e} of the largest")
+    if not source.model.continuous:
+        print("It ranks tokens: where two are of almost equal rank, rounding may swap them and change its outputs.")
     return 0
 
 

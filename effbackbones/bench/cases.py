@@ -35,6 +35,7 @@ class Case:
         device: `cpu` or `cuda`.
         channels_last: Whether weights and images are stored channels last.
         compile: Whether it goes through torch.compile.
+        fused: Whether the model is fused for inference.
         dense: Whether the model is the backbone of a dense task: feature maps out, no classifier.
         attention: Attention backend to force; None leaves it as the process has it.
         ops: Path of the operators to force; None leaves it as the process has it.
@@ -52,6 +53,7 @@ class Case:
     dense: bool
     attention: str | None = None
     ops: str | None = None
+    fused: bool = False
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -181,6 +183,7 @@ _SETTINGS = {
     "ops": _ops,
     "dtype": _dtype,
     "compile": _yes_or_no,
+    "fused": _yes_or_no,
     "channels_last": _yes_or_no,
 }
 
@@ -202,6 +205,10 @@ def _check(case: Case) -> None:
         raise BenchError(f"{case.name} is an operator: dense and channels_last are of models")
     if not case.is_operator and not is_ours(case.name) and (case.attention or case.ops):
         raise BenchError(f"{case.name} is no model of effbackbones: attention and ops do not reach it")
+    if case.fused and (case.is_operator or not is_ours(case.name)):
+        raise BenchError(f"{case.name} is no model of effbackbones: there is nothing to fuse")
+    if case.fused and case.mode == "train":
+        raise BenchError("fused=yes is for inference alone: leave out --mode train")
     if problem := _dtype_problem(case.device, case.torch_dtype):
         raise BenchError(f"dtype {case.dtype} does not work on {case.device}: {problem}")
     if case.attention == "xformers":

@@ -43,6 +43,8 @@ def build(case: Case) -> Subject:
 def _model(case: Case) -> Subject:
     layout = torch.channels_last if case.channels_last else torch.contiguous_format
     model = create(case).train(case.mode == "train").to(device=case.device, memory_format=layout)
+    if case.fused:
+        (model.model if case.dense else model).fuse()
     images_bchw = torch.randn(case.batch, 3, *case.size).to(device=case.device, memory_format=layout)
     forward: Any = torch.compile(model, dynamic=False) if case.compile else model
     autocast = partial(torch.autocast, case.device, case.torch_dtype, enabled=case.dtype != "float32")

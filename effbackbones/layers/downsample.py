@@ -17,5 +17,4 @@ class ConvDownsample(nn.Module):
         return self.norm(self.proj(x_bchw))
 
     def fold(self) -> None:
-        fold_norm(self.proj, self.norm)
-        self.norm = nn.Identity()
+        fold_norm(self, "norm", self.proj)

@@ -9,26 +9,28 @@ from torch import Tensor, nn
 Layer = nn.Linear | nn.Conv2d
 
 
-def fold_norm(layer: Layer, norm: nn.BatchNorm2d) -> None:
-    """Fold a batch norm that follows a layer into it."""
-    scale_c, shift_c = _affine(norm)
-    fold_scale(layer, scale_c)
-    _add_bias(layer, shift_c)
+def fold_norm(owner: nn.Module, norm: str, layer: Layer) -> None:
+    """Fold the batch norm that `owner` has under the name `norm` into the layer in front of it, and drop it."""
+    if (affine := _taken(owner, norm)) is not None:
+        fold_scale(layer, affine[0])
+        _add_bias(layer, affine[1])
 
 
-def fold_norm_before(norm: nn.BatchNorm2d, layer: Layer) -> None:
-    """Fold a batch norm into the layer that follows: linear, or a convolution of one group without padding.
+def fold_norm_before(owner: nn.Module, norm: str, layer: Layer) -> None:
+    """Fold the batch norm that `owner` has under the name `norm` into the layer that follows it, and drop it.
 
     Raises:
-        ValueError: The convolution pads its input: zeros around a norm's output are no zeros in front of it.
+        ValueError: The layer is a convolution of groups, or it pads its input: zeros around a norm's output are no
+            zeros in front of it.
     """
     if isinstance(layer, nn.Conv2d) and (layer.groups > 1 or any(map(bool, layer.padding))):
         raise ValueError(f"a norm in front of {layer} does not fold into it: it has groups or padding")
-    scale_c, shift_c = _affine(norm)
-    weight = layer.weight.detach()
-    shape = (1, -1, *[1] * (weight.ndim - 2))
-    _add_bias(layer, (weight * shift_c.reshape(shape)).flatten(1).sum(1))
-    layer.weight = _fixed(weight * scale_c.reshape(shape))
+    if (affine := _taken(owner, norm)) is not None:
+        scale_c, shift_c = affine
+        weight = layer.weight.detach()
+        shape = (1, -1, *[1] * (weight.ndim - 2))
+        _add_bias(layer, (weight * shift_c.reshape(shape)).flatten(1).sum(1))
+        layer.weight = _fixed(weight * scale_c.reshape(shape))
 
 
 def fold_scale(layer: Layer, scale: Tensor) -> None:
@@ -54,14 +56,18 @@ def fold_identity(conv: nn.Conv2d) -> None:
     conv.weight = _fixed(weight)
 
 
-def _affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """Return scale and shift (C,) of a batch norm in evaluation."""
+def _taken(owner: nn.Module, name: str) -> tuple[Tensor, Tensor] | None:
+    """Return scale and shift (C,) of a batch norm in evaluation, which an identity replaces; None if it is one."""
+    norm = getattr(owner, name)
+    if not isinstance(norm, nn.BatchNorm2d):
+        return None
     if norm.running_mean is None or norm.running_var is None:
         raise ValueError(f"{norm} keeps no running statistics: there is nothing fixed to fold")
     scale_c = torch.rsqrt(norm.running_var + norm.eps)
     shift_c = -norm.running_mean * scale_c
     if norm.affine:
         scale_c, shift_c = scale_c * norm.weight.detach(), shift_c * norm.weight.detach() + norm.bias.detach()
+    setattr(owner, name, nn.Identity())
     return scale_c, shift_c
 
 

@@ -39,5 +39,4 @@ class ProjectionHead(ClassifierHead):
         return super().forward(self.act(self.bn(self.conv(x))), pre_logits)
 
     def fold(self) -> None:
-        fold_norm(self.conv, self.bn)
-        self.bn = nn.Identity()
+        fold_norm(self, "bn", self.conv)

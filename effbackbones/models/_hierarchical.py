@@ -69,6 +69,8 @@ class HierarchicalBackbone(nn.Module):
 
     The replacement None leaves an entry out: a constant of the architecture, made anew here.
     """
+    continuous: ClassVar[bool] = True
+    """Whether outputs follow weights and images without jumps, so that rounding alone changes little."""
     official_ema: ClassVar[bool] = False
     """Whether the published accuracy is that of averaged weights, in official checkpoints that hold raw ones too."""
 

@@ -42,8 +42,7 @@ class StemLayer(nn.Module):
         return F.gelu(self.bn(self.conv(x_bchw)))
 
     def fold(self) -> None:
-        fold_norm(self.conv, self.bn)
-        self.bn = nn.Identity()
+        fold_norm(self, "bn", self.conv)
 
 
 class Stem(nn.Sequential):
@@ -107,8 +106,7 @@ class StripAttention(nn.Module):
 
     def fold(self) -> None:
         if self.sr_ratio > 1:
-            fold_norm(self.sr, self.sr_bn)
-            self.sr_bn = nn.Identity()
+            fold_norm(self, "sr_bn", self.sr)
 
 
 def strip(x_bnc: Tensor, layer: nn.Linear) -> Tensor:
@@ -137,8 +135,7 @@ class LocalInteraction(nn.Module):
         return self.dw2(x_bchw).permute(0, 2, 3, 1)
 
     def fold(self) -> None:
-        fold_norm(self.dw1, self.bn)
-        self.bn = nn.Identity()
+        fold_norm(self, "bn", self.dw1)
 
 
 class Block(nn.Module):

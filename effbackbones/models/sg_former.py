@@ -381,6 +381,7 @@ class SGFormer(HierarchicalBackbone):
         (r"^head\.(?!fc\.)", "head.fc."),
     )
 
+    continuous: ClassVar[bool] = False  # the order of tokens
     official_ema: ClassVar[bool] = True
 
     def __init__(

@@ -138,8 +138,7 @@ class Block(nn.Module):
         return x + self.drop_path(scaled(y, self.gamma2))
 
     def fold(self) -> None:
-        fold_norm_before(self.norm2, self.mlp.fc1)
-        self.norm2 = nn.Identity()
+        fold_norm_before(self, "norm2", self.mlp.fc1)
         fold_scales(self, self.attn.proj, self.mlp.fc2)
 
 

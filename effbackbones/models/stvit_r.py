@@ -83,9 +83,8 @@ class ConvStem(nn.Module):
         return self.act(self.norm2(self.conv2(x_bchw)))
 
     def fold(self) -> None:
-        fold_norm(self.conv1, self.norm1)
-        fold_norm(self.conv2, self.norm2)
-        self.norm1, self.norm2 = nn.Identity(), nn.Identity()
+        fold_norm(self, "norm1", self.conv1)
+        fold_norm(self, "norm2", self.conv2)
 
 
 # Swin

@@ -64,9 +64,8 @@ class ConvStem(nn.Module):
         return self.norm2(self.conv2(x_bchw))
 
     def fold(self) -> None:
-        fold_norm(self.conv1, self.norm1)
-        fold_norm(self.conv2, self.norm2)
-        self.norm1, self.norm2 = nn.Identity(), nn.Identity()
+        fold_norm(self, "norm1", self.conv1)
+        fold_norm(self, "norm2", self.conv2)
 
 
 class ConvBlock(nn.Module):
@@ -91,9 +90,8 @@ class ConvBlock(nn.Module):
         return x + self.drop_path(scaled(self.mlp(self.norm2(x)), self.gamma2))
 
     def fold(self) -> None:
-        fold_norm_before(self.norm1, self.conv1)
-        fold_norm_before(self.norm2, self.mlp.fc1)
-        self.norm1, self.norm2 = nn.Identity(), nn.Identity()
+        fold_norm_before(self, "norm1", self.conv1)
+        fold_norm_before(self, "norm2", self.mlp.fc1)
         fold_scales(self, self.conv2, self.mlp.fc2)
 
 
@@ -357,6 +355,7 @@ class UniFormerLight(UniFormer):
     """
 
     attention_block = PruningBlock
+    continuous: ClassVar[bool] = False  # which tokens are pruned
     official_keys: ClassVar[KeyMap] = (
         (r"^norm_cls\.", "head_cls.norm."),
         (r"^head_cls\.", "head_cls.fc."),

@@ -15,6 +15,7 @@ from effbackbones.bench.operators import OPERATORS
 from effbackbones.bench.subjects import build, create
 from effbackbones.bench.timing import paired_ratios
 from effbackbones.layers import attend, served_backends
+from effbackbones.models._hierarchical import HierarchicalBackbone
 from effbackbones.ops import use_reference
 
 ONCE = Effort(warmup=1, rounds=1)
@@ -237,6 +238,17 @@ def test_training_step_is_in_training_mode_and_drops_its_gradients(spy: Callable
 def test_16_bits_are_those_of_autocast(mode: str, spy: Callable[..., Spy]) -> None:
     seen = spy(modes=[mode], dtypes=["bfloat16"]).seen
     assert (seen["x"], seen["y"]) == (torch.float32, torch.bfloat16)
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_fused_model_is_measured(dense: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    fused = []
+    monkeypatch.setattr(HierarchicalBackbone, "fuse", lambda self: fused.append(self))
+    plain, other = plan(["uniformer_xxs"], ["fused=yes"], sizes=[(32, 32)], dense=dense)[0]
+    build(plain).call()
+    assert fused == []
+    build(other).call()
+    assert [type(model).__name__ for model in fused] == ["UniFormerLight"]
 
 
 def test_channels_last_is_of_weights_and_images(spy: Callable[..., Spy]) -> None:

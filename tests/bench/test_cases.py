@@ -110,9 +110,16 @@ BAD = {
     "attention_of_timms_model": ("resnet18", "attention=plain", "resnet18 is no model of effbackbones"),
     "ops_of_timms_model": ("resnet18", "ops=reference", "resnet18 is no model of effbackbones"),
     "channels_last_operator": ("op:toy", "channels_last=yes", "op:toy is an operator"),
+    "fused_model_of_timm": ("resnet18", "fused=yes", "resnet18 is no model of effbackbones: there is nothing to fuse"),
+    "fused_operator": ("op:toy", "fused=yes", "op:toy is no model of effbackbones: there is nothing to fuse"),
     "xformers_on_cpu": ("uniformer_xxs", "attention=xformers", "cannot serve float32 on cpu", "CUDA devices only"),
     "xformers_compiled": ("uniformer_xxs", "attention=xformers,compile=yes", "under torch.compile", "sdpa or plain"),
 }
+
+
+def test_fused_training_is_refused() -> None:
+    with pytest.raises(BenchError, match="fused=yes is for inference alone"):
+        group("fused=yes", name="uniformer_xxs", modes=["inference", "train"])
 
 
 @pytest.mark.parametrize("case", BAD)

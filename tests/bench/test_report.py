@@ -100,6 +100,7 @@ def test_json_has_everything(results: list[Result], tmp_path: Path) -> None:
         "dense": False,
         "attention": None,
         "ops": None,
+        "fused": False,
         "error": None,
         "parameters": 10,
         "weight_bytes": 40,

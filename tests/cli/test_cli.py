@@ -108,7 +108,9 @@ def test_example_is_a_valid_command_line(argv: list[str], monkeypatch: pytest.Mo
     if target and target.startswith("runs/"):
         target = target.removeprefix("runs/")
         assert run_folder(load_recipe(target)) == Path("runs") / target
-    if target:
+    if target and timm.is_model(target):
+        args["model"] = target
+    elif target:
         load_target(target, args.get("overrides", ()))
     for name in [*args.get("names", ()), *args.get("vs", ())]:
         assert timm.is_model(name) or "=" in name

@@ -28,32 +28,35 @@ def test_norm_behind_a_convolution_folds_into_it(layer, affine):
     model = randomised(nn.Sequential(LAYERS[layer](), nn.BatchNorm2d(6, affine=affine)))
     x = torch.randn(2, 4, 7, 9, dtype=torch.float64)
     expected = model(x)
-    fold_norm(*model)
+    fold_norm(model, "1", model[0])
+    assert isinstance(model[1], nn.Identity)
     torch.testing.assert_close(model[0](x), expected)
 
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_norm_in_front_of_a_layer_folds_into_it(bias):
     x = torch.randn(2, 4, 7, 9, dtype=torch.float64)
-    norm, conv = model = randomised(nn.Sequential(nn.BatchNorm2d(4), nn.Conv2d(4, 6, 3, bias=bias)))
-    expected = model(x)
-    fold_norm_before(norm, conv)
-    torch.testing.assert_close(conv(x), expected)
-    linear = randomised(nn.Linear(4, 6, bias=bias))
-    expected = linear(norm(x).permute(0, 2, 3, 1))
-    fold_norm_before(norm, linear)
-    torch.testing.assert_close(linear(x.permute(0, 2, 3, 1)), expected)
+    for layer in (nn.Conv2d(4, 6, 3, bias=bias), nn.Linear(4, 6, bias=bias)):
+        norm, layer = model = randomised(nn.Sequential(nn.BatchNorm2d(4), layer))
+
+        def tokens(y, layer=layer):
+            return y.permute(0, 2, 3, 1) if isinstance(layer, nn.Linear) else y
+
+        expected = layer(tokens(norm(x)))
+        fold_norm_before(model, "0", layer)
+        assert isinstance(model[0], nn.Identity)
+        torch.testing.assert_close(layer(tokens(x)), expected)
 
 
 @pytest.mark.parametrize("settings", [{"padding": 1}, {"groups": 2}])
 def test_norm_in_front_of_a_convolution_of_groups_or_padding_is_refused(settings):
     with pytest.raises(ValueError, match="does not fold into it: it has groups or padding"):
-        fold_norm_before(nn.BatchNorm2d(4), nn.Conv2d(4, 6, 3, **settings))
+        fold_norm_before(nn.Sequential(nn.BatchNorm2d(4)), "0", nn.Conv2d(4, 6, 3, **settings))
 
 
 def test_norm_without_statistics_is_refused():
     with pytest.raises(ValueError, match="keeps no running statistics"):
-        fold_norm(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6, track_running_stats=False))
+        fold_norm(nn.Sequential(nn.BatchNorm2d(6, track_running_stats=False)), "0", nn.Conv2d(4, 6, 3))
 
 
 def test_layer_scales_fold_into_the_last_layers_of_their_branches():

@@ -43,7 +43,8 @@ def make_scenes_runs(folder: Path) -> None:
         recipe.write_text(RECIPES[task].replace("data:\n", f"data:\n  root: datasets/scenes/{ROOTS[task]}\n"))
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
         patch.chdir(folder)
-        assert main(["train", "quickstart", "model.name=s2aformer_mini", "run.dir=runs/quickstart_s2aformer"]) == 0
+        settings = ("model.name=s2aformer_mini", "data.size=64", "run.dir=runs/quickstart_s2aformer")
+        assert main(["train", "quickstart", *settings]) == 0
         assert main(["train", "scenes/mask_rcnn"]) == 0
         assert main(["train", "scenes/semantic_fpn"]) == 0
 

@@ -164,9 +164,15 @@ class AttentionBlock(nn.Module):
         fold_scales(self, self.attn.proj, self.mlp.fc2)
 
 
-def safe_sum(score_bn: Tensor) -> Tensor:
-    """Return the sum over tokens, (B, 1), to divide by: scores are probabilities, and all of a part may underflow."""
-    return score_bn.sum(1, keepdim=True).clamp_min(torch.finfo(score_bn.dtype).tiny)
+def shares(score_bn: Tensor) -> Tensor:
+    """Return scores divided by their sum over tokens, (B, N); zeros stay zeros.
+
+    Scores are probabilities: those of a part may be anything down to zero, and the gradient of a quotient squares its
+    denominator. The largest becomes 1 first, by a number that is no part of the graph.
+    """
+    limits = torch.finfo(score_bn.dtype)
+    score_bn = score_bn / score_bn.detach().amax(1, keepdim=True).clamp_min(limits.tiny / limits.eps)
+    return score_bn / score_bn.sum(1, keepdim=True).clamp_min(1)
 
 
 class PruningBlock(AttentionBlock):
@@ -192,8 +198,7 @@ class PruningBlock(AttentionBlock):
             n = x_bnc.shape[1]
             kept_bk = score_bn.topk(n // 2, dim=1, sorted=False).indices
             kept_bkc = kept_bk.unsqueeze(-1).expand(-1, -1, x_bnc.shape[2])
-            rest_bn = score_bn.scatter(1, kept_bk, 0.0)
-            rest_bn = rest_bn / safe_sum(rest_bn)
+            rest_bn = shares(score_bn.scatter(1, kept_bk, 0.0))
             rest_b1c = rest_bn.to(x_bnc.dtype).unsqueeze(1) @ x_bnc
 
             t = torch.cat([cls_b1c, x_bnc.gather(1, kept_bkc), rest_b1c], 1)
@@ -230,7 +235,7 @@ class PruningStage(Stage):
         cls_b1c = self.cls_token.expand(x_bchw.shape[0], -1, -1) if cls_b1c is None else self.cls_proj(cls_b1c)
         if score_bn is not None:
             pooled_bn = F.avg_pool2d(score_bn.unflatten(1, x_bchw.shape[2:]), 2).flatten(1)
-            score_bn = pooled_bn * (score_bn.sum(1, keepdim=True) / safe_sum(pooled_bn))
+            score_bn = shares(pooled_bn) * score_bn.sum(1, keepdim=True)
         x_bchw = self.downsample(x_bchw)
         for block in self.blocks:
             x_bchw, cls_b1c, score_bn = self.run(block, x_bchw, cls_b1c, score_bn)

@@ -279,6 +279,17 @@ def test_scores_that_all_underflow_give_finite_outputs():
     assert all(t.isfinite().all() for t in (x, cls, score))
 
 
+@pytest.mark.parametrize("gap", [0, 20, 50, 70, 86, 95, 200])
+def test_scores_of_the_lower_half_down_to_zero_give_finite_gradients(gap):
+    block = timm.create_model("uniformer_xxs", depths=(1, 1, 2, 1)).stages[2].blocks[1]
+    logits = torch.linspace(0, 1, 16).repeat(2, 1).index_fill(1, torch.arange(8), -gap).requires_grad_()
+    x_bchw, cls_b1c = torch.randn(2, 224, 4, 4), torch.zeros(2, 1, 224)
+    outputs = block(x_bchw, cls_b1c, logits.softmax(1))
+    sum((output * 100 * torch.randn_like(output)).sum() for output in outputs).backward()
+    assert logits.grad.isfinite().all()
+    assert logits.grad.any()
+
+
 # Training outputs of the light models
 
 

@@ -5,13 +5,14 @@ INSTALLED := $(VENV)/.installed
 INSTALLED_MM := $(VENV)/.installed-mm
 PIP_INSTALL := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help quickstart test test-core test-slow check
+.PHONY: help quickstart test test-core test-slow speed check
 
 help:
 	@echo "make quickstart  train UniFormer-S on the images that ship with the repository, minutes on 2 CPU cores"
 	@echo "make test        run the tests, with the OpenMMLab packages: the first time their operators compile for minutes"
 	@echo "make test-core   run the tests without setting up the OpenMMLab packages, whose tests are skipped then"
 	@echo "make test-slow   run what takes too long for every change: all families under all heads, all dense recipes"
+	@echo "make speed       fail where an operator is slower than its plain formulation"
 	@echo "make check       lint, check the format and the types"
 
 $(INSTALLED): pyproject.toml constraints.txt
@@ -36,6 +37,10 @@ test-core: $(INSTALLED)
 
 test-slow: $(INSTALLED) $(INSTALLED_MM)
 	$(VENV)/bin/python -m pytest -n 2 -m slow
+
+speed: $(INSTALLED)
+	$(VENV)/bin/effb bench op:aggregated_attention op:super_token_attention op:token_merging --vs ops=reference \
+		--mode inference train --batch 4 --at-least 1
 
 check: $(INSTALLED)
 	$(VENV)/bin/ruff check

@@ -52,7 +52,9 @@ EXAMPLES = {
   effb bench uniformer_small --vs resnet50 --batch 1 64 --device cuda --dtype bfloat16 --out speed.json
   effb bench uniformer_small --vs compile=yes --mode inference train --size 224 256x320
   effb bench uniformer_small --vs uniformer_small                    how far this machine's noise alone goes
-  effb bench data in1k/uniformer_small data.root=/data/imagenet      the loader alone; see effb bench data --help""",
+  effb bench op:token_merging --vs ops=reference --at-least 1        exit code 1 where it is slower than its reference
+  effb bench data in1k/uniformer_small data.root=/data/imagenet      the loader alone; see effb bench data --help
+  effb bench suite --out suite.json                                  every family; see effb bench suite --help""",
     "doctor": """
   effb doctor                         versions, devices, what works here of attention and of mm, and why not""",
 }
@@ -97,11 +99,11 @@ def _stopped() -> type[Any]:
     return StoppedError
 
 
-BENCH_DATA = "bench data"
+BENCH_DATA, BENCH_SUITE = "bench data", "bench suite"
 
 
 class _Parser(argparse.ArgumentParser):
-    """Takes `bench data` as one command.
+    """Takes `bench data` and `bench suite` as one command each.
 
     Attributes:
         mixes: Whether options may stand between positional arguments.
@@ -114,8 +116,8 @@ class _Parser(argparse.ArgumentParser):
             self.mixes = False  # what follows comes back here
             return self.parse_known_intermixed_args(args, namespace)
         args = list(sys.argv[1:] if args is None else args)
-        if args[:2] == BENCH_DATA.split():
-            args[:2] = [BENCH_DATA]
+        if " ".join(args[:2]) in (BENCH_DATA, BENCH_SUITE):
+            args[:2] = [" ".join(args[:2])]
         return super().parse_known_args(args, namespace)
 
 
@@ -201,8 +203,8 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         metavar="OTHER",
         help="what each is compared with: another NAME, or settings, joined by commas, of the same one: attention="
-        "plain (or auto, sdpa, xformers), ops=reference (auto), dtype=bfloat16 (float16, float32), compile=yes (no), "
-        "channels_last=yes (no), fused=yes (no); or a NAME with settings: resnet50,dtype=bfloat16",
+        "plain (or auto, sdpa, triton, xformers), ops=reference (auto, torch), dtype=bfloat16 (float16, float32), "
+        "compile=yes (no), channels_last=yes (no), fused=yes (no); or a NAME with settings: resnet50,dtype=bfloat16",
     )
     bench.add_argument(
         "--mode",
@@ -236,6 +238,9 @@ def _parser() -> argparse.ArgumentParser:
     length.add_argument("--repeats", type=_positive, metavar="N", help="rounds, of two samples each")
     length.add_argument("--min-time", type=float, default=2.0, metavar="S", help="seconds to measure each; default: 2")
     bench.add_argument(
+        "--at-least", type=float, metavar="RATIO", help="exit with code 1 where a ratio is below this, or a case failed"
+    )
+    bench.add_argument(
         "--out", metavar="FILE.json", help="write everything there: samples, settings, machine, versions"
     )
     text = "measure the loader of a recipe alone: images/s by number of workers, and what an image costs"
@@ -255,6 +260,21 @@ def _parser() -> argparse.ArgumentParser:
         "--min-time", type=float, default=3.0, metavar="S", help="seconds to measure each; default: 3"
     )
     bench_data.add_argument("--out", metavar="FILE.json", help="write everything there: samples, machine, versions")
+    text = (
+        "measure every family against its reference path, compiled, fused and in another precision; goes on where it "
+    )
+    text += "was stopped; writes FILE.json after every pair, and FILE.md (tables) and FILE.png at the end"
+    suite = commands.add_parser(BENCH_SUITE, description=text)
+    suite.set_defaults(command="bench")
+    suite.add_argument("--out", required=True, metavar="FILE.json", help="the results; gone on with where it exists")
+    suite.add_argument(
+        "--only", nargs="+", default=[], metavar="REGEX", help="measure the pairs alone that one of these is found in"
+    )
+    suite.add_argument("--list", action="store_true", help="print the names of the pairs to measure, and stop")
+    suite.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
+    suite.add_argument("--threads", type=_positive, metavar="N", help="CPU threads; default: torch's")
+    suite.add_argument("--warmup", type=_positive, default=1, metavar="N", help="calls before the first sample")
+    suite.add_argument("--min-time", type=float, default=2.0, metavar="S", help="seconds to measure each; default: 2")
     command("doctor", "report versions, devices, attention backends and mmcv's operators")
     return parser
 
@@ -424,6 +444,8 @@ def bench(args: argparse.Namespace) -> int:
 
     if "recipe" in args:
         return _bench_data(args)
+    if "only" in args:
+        return _bench_suite(args)
 
     groups = plan(
         args.names,
@@ -447,7 +469,33 @@ def bench(args: argparse.Namespace) -> int:
             if out:
                 report.write(out)
     print(NOTES)
-    return 1 if report.failed else 0
+    slow = report.slower_than(args.at_least) if args.at_least else []
+    for line in slow:
+        print(f"effb: {line}", file=sys.stderr)
+    return 1 if report.failed or slow else 0
+
+
+def _bench_suite(args: argparse.Namespace) -> int:
+    from effbackbones.bench import Effort
+    from effbackbones.bench.suite import Suite, pairs, report
+    from effbackbones.files import replacing
+    from effbackbones.viz.suite import plot_suite
+
+    out = _output(args)
+    assert out
+    suite = Suite(out, pairs(args.device), args.threads)
+    keys = suite.missing(args.only)
+    if args.list:
+        print(*keys, sep="\n")
+        return 0
+    for line in suite.run(keys, Effort(args.warmup, None, args.min_time)):
+        print(line, flush=True)
+    text = report(suite.document)
+    with replacing(out.with_suffix(".md")) as part:
+        part.write_text(f"{text}\n", encoding="utf-8")
+    plot_suite(suite.document, out.with_suffix(".png"))
+    print(f"{text}\n\n{out}, {out.with_suffix('.md')} and {out.with_suffix('.png')}")
+    return 1 if any(entry["error"] for key in keys for entry in suite.document["pairs"][key]) else 0
 
 
 def _bench_data(args: argparse.Namespace) -> int:

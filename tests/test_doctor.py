@@ -98,7 +98,7 @@ def test_report_has_all_sections_and_every_attention_backend() -> None:
     found = report()
     assert list(found) == ["System", "Packages", "Devices", "Attention", "OpenMMLab", "Problems"]
     assert found["System"]["python"] == platform.python_version()
-    assert list(found["Attention"]) == ["xformers", "sdpa", "plain"]
+    assert list(found["Attention"]) == ["xformers", "sdpa", "triton", "plain"]
     assert found["Attention"]["sdpa"] == "works"
     assert found["Problems"] == {}
 

@@ -211,12 +211,14 @@ def _check(case: Case) -> None:
         raise BenchError("fused=yes is for inference alone: leave out --mode train")
     if problem := _dtype_problem(case.device, case.torch_dtype):
         raise BenchError(f"dtype {case.dtype} does not work on {case.device}: {problem}")
-    if case.attention == "xformers":
+    if case.attention in ("xformers", "triton"):
         q = torch.zeros(1, 1, 64, 64, dtype=case.torch_dtype, device=case.device)
         if case.compile:
-            raise BenchError("attention=xformers: under torch.compile attention is sdpa or plain")
-        if reasons := why_not("xformers", q, q, q):
-            raise BenchError(f"attention=xformers cannot serve {case.dtype} on {case.device}: {'; '.join(reasons)}")
+            raise BenchError(f"attention={case.attention}: under torch.compile attention is sdpa or plain")
+        bias = q if case.attention == "triton" else None
+        if reasons := why_not(case.attention, q, q, q, bias):
+            found = "; ".join(reasons)
+            raise BenchError(f"attention={case.attention} cannot serve {case.dtype} on {case.device}: {found}")
 
 
 def _dtype_problem(device: str, dtype: torch.dtype) -> str:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from effbackbones.layers import attend
 from effbackbones.ops import aggregated_attention, super_token_attention, token_merging
 
 PREFIX = "op:"
@@ -66,6 +67,23 @@ def _aggregated_attention(example: Example) -> Callable[[], Tensor]:
     return lambda: aggregated_attention(
         q, q_unit, k, v, k_pool, v_pool, local_bias, tokens, token_bias, pool_bias, grid
     )
+
+
+@operator("attention")
+def _attention(example: Example) -> Callable[[], Tensor]:
+    """Stage 2 of UniFormer-S: 5 heads of 64 channels, among all tokens of the map."""
+    n = (example.height // 16) * (example.width // 16)
+    q, k, v = (example.randn(example.batch, 5, n, 64) for _ in range(3))
+    return lambda: attend(q, k, v)
+
+
+@operator("window_attention")
+def _window_attention(example: Example) -> Callable[[], Tensor]:
+    """Stage 0 of GC ViT-Tiny: 2 heads of 32 channels, in windows of 7 x 7 that share a bias."""
+    windows = example.batch * -(-example.height // 28) * -(-example.width // 28)
+    q, k, v = (example.randn(windows, 2, 49, 32) for _ in range(3))
+    bias = example.randn(1, 2, 49, 49)
+    return lambda: attend(q, k, v, bias)
 
 
 @operator("super_token_attention")

@@ -56,6 +56,15 @@ class Report:
         """Whether a case could not be measured."""
         return any(result["error"] for result in self.document["results"])
 
+    def slower_than(self, ratio: float) -> list[str]:
+        """Return a line for each result whose ratio is below this one: what it is compared with is too slow."""
+        return [
+            f"{found['versus']} {found['mode']}: ratio {number(found['ratio']['median'])} to {found['label']}, "
+            f"expected at least {number(ratio)}"
+            for found in self.document["results"]
+            if found.get("ratio") and found["ratio"]["median"] < ratio
+        ]
+
     def heading(self) -> str:
         """Return the lines above the rows: the machine, and the head of the table."""
         found = self.document["environment"]

@@ -1,15 +1,16 @@
 """Softmax attention: the one function that every softmax attention of the zoo goes through.
 
-`attend` serves a call with one of three backends:
+`attend` serves a call with one of four backends:
 
 - `xformers`: memory-efficient attention, on CUDA, where the installed xformers can serve the call;
 - `sdpa`: torch's scaled_dot_product_attention, which serves every call;
+- `triton`: our own kernels, on CUDA, for a bias that the batch shares, whose gradient they never hold for each of it;
 - `plain`: the formula in plain PyTorch, which keeps the N x M weights; for reference and debugging.
 
 By default (`auto`) that is xformers where it can serve the call, plain on a CPU for a bias that needs a gradient (which
 sdpa serves by the same formula in more steps), else sdpa. The environment variable
 `EFFBACKBONES_ATTENTION` (read once, at import) and the context manager `attention_backend` force one.
-Under torch.compile and torch.export it is sdpa, unless plain is forced.
+Under torch.compile and torch.export it is sdpa, unless plain is forced. `triton` serves where it is forced alone.
 
 Legend: B batch, N queries, M keys, d head dim of q and k, d_v head dim of v.
 """
@@ -25,10 +26,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from effbackbones.kernels import problem as kernel_problem
+
 _log = logging.getLogger(__name__)
 
 _ENV = "EFFBACKBONES_ATTENTION"
-_NAMES = ("auto", "xformers", "sdpa", "plain")
+_NAMES = ("auto", "xformers", "sdpa", "triton", "plain")
 
 
 def _checked(name: str, source: str) -> str:
@@ -44,7 +47,7 @@ _served: set[str] = set()
 
 @contextmanager
 def attention_backend(name: str) -> Iterator[None]:
-    """Force one attention backend within the block: auto, xformers, sdpa or plain.
+    """Force one attention backend within the block: auto, xformers, sdpa, triton or plain.
 
     Raises ValueError for another name. The choice is one of the process, not of the thread.
     """
@@ -88,25 +91,28 @@ def attend(
     if torch.compiler.is_compiling():
         function = _plain if _choice == "plain" else _sdpa
     else:
-        _last = _pick(q, k, v, bias)
+        _last = _pick(q, k, v, bias, dropout_p)
         _served.add(_last)
         function = _FUNCTIONS[_last]
     if k.shape[2] == 1 and not dropout_p:
         function = _one_key
-    elif function is not _plain and q.shape[-1] < v.shape[-1]:
+    elif function in (_sdpa, _xformers) and q.shape[-1] < v.shape[-1]:
         # Fused kernels have one head dim: zeros, which change no score, widen q and k to that of v.
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         q, k = (F.pad(x, (0, v.shape[-1] - x.shape[-1])) for x in (q, k))
     return function(q, k, v, bias, scale, dropout_p)
 
 
-def _pick(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> str:
+def _pick(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout_p: float) -> str:
     if _choice == "auto":
         if q.device.type == "cpu" and bias is not None and bias.requires_grad and torch.is_grad_enabled():
             return "plain"
         host = _host(q.device)
         return "sdpa" if host.problems or why_not("xformers", q, k, v, bias, host) else "xformers"
-    if reasons := why_not(_choice, q, k, v, bias):
+    reasons = why_not(_choice, q, k, v, bias)
+    if _choice == "triton" and dropout_p:
+        reasons.append(f"dropout {dropout_p}: triton has none")
+    if reasons:
         raise RuntimeError(
             f"attention backend {_choice!r} is forced but cannot serve q {tuple(q.shape)}, k {tuple(k.shape)}, "
             f"v {tuple(v.shape)}: {'; '.join(reasons)}. Choose auto or sdpa through {_ENV} or attention_backend()."
@@ -129,6 +135,8 @@ def why_not(
     Only shapes and dtypes are read (autocast counted in): strides and the alignment of the bias are no reason, since
     `attend` copies what xformers would refuse. host: what another device offers; that of q where None.
     """
+    if backend == "triton":
+        return _why_not_triton(q, k, v, bias)
     if backend != "xformers":
         return []
     host = host or _host(q.device)
@@ -157,6 +165,24 @@ def why_not(
     return reasons
 
 
+def _why_not_triton(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> list[str]:
+    reasons = []
+    dtypes = {_autocast_dtype(x) for x in (q, k, v)}
+    if not any(dtypes == {dtype} for dtype in (torch.float32, torch.float16, torch.bfloat16)):
+        reasons.append("triton serves q, k and v of one dtype: float32, float16 or bfloat16")
+    if bias is None or (bias.dim() == 4 and bias.shape[0] > 1):
+        reasons.append("triton serves a bias that the batch shares")
+    if max(q.shape[-1], v.shape[-1]) > 256:
+        reasons.append(f"head dims {q.shape[-1]} (q, k) and {v.shape[-1]} (v): triton serves up to 256")
+    if 0 in q.shape or 0 in v.shape:
+        reasons.append("a tensor is empty")
+    if q.device.type != "cuda":
+        reasons.append(f"the tensors are on {q.device.type}: triton serves CUDA devices only")
+    elif found := kernel_problem("window_attention", q.device):
+        reasons.append(found)
+    return reasons
+
+
 def aligned_bias(bias: Tensor) -> Tensor:
     """Return an equal bias whose last dim is contiguous and whose other strides are multiples of 8, as xformers needs.
 
@@ -180,6 +206,7 @@ def attention_report() -> dict[str, str]:
     return {
         "xformers": "; ".join(_host(device).problems) or "works",
         "sdpa": _failure("sdpa", device, Host()) or "works",
+        "triton": (kernel_problem("window_attention", device) if cuda else "serves CUDA devices only") or "works",
         "plain": _failure("plain", device, Host()) or "works",
     }
 
@@ -222,6 +249,15 @@ def _xformers(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float
     return memory_efficient_attention(q_bnhd, k_bmhd, v_bmhd, bias, dropout_p, scale).transpose(1, 2)
 
 
+def _triton(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float | None, dropout_p: float) -> Tensor:
+    from effbackbones.kernels.window_attention import window_attention
+
+    assert bias is not None  # `why_not` says so
+    q, k, v = (x.to(_autocast_dtype(x)) for x in (q, k, v))
+    bias = bias.expand(1, q.shape[1], q.shape[2], k.shape[2])
+    return window_attention(q, k, v, bias, q.shape[-1] ** -0.5 if scale is None else scale)
+
+
 def _one_key(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float | None, dropout_p: float) -> Tensor:
     # The one weight is 1, whatever the score. Fused kernels give q and k rounding noise for a gradient that is zero,
     # and Adam makes full steps of it. Empty sums keep q, k and bias in the graph, with that zero.
@@ -229,7 +265,7 @@ def _one_key(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float 
     return (v + zero).to(_autocast_dtype(v)).expand(-1, -1, q.shape[2], -1)
 
 
-_FUNCTIONS = {"xformers": _xformers, "sdpa": _sdpa, "plain": _plain}
+_FUNCTIONS = {"xformers": _xformers, "sdpa": _sdpa, "triton": _triton, "plain": _plain}
 
 
 def _fused_bias(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:

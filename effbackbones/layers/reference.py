@@ -1,11 +1,15 @@
-"""The choice between the operators' references and their fast paths."""
+"""The choice between the operators' references, their fast paths in PyTorch, and their kernels."""
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
+
+from effbackbones.kernels import problem
+
 _ENV = "EFFBACKBONES_OPS"
-_NAMES = ("auto", "reference")
+_NAMES = ("auto", "torch", "reference")
 
 
 def _checked(name: str, source: str) -> str:
@@ -19,7 +23,7 @@ _choice = _checked(os.environ.get(_ENV, "auto"), f"environment variable {_ENV}")
 
 @contextmanager
 def ops_backend(name: str) -> Iterator[None]:
-    """Force the operators' path within the block: auto or reference.
+    """Force the operators' path within the block: auto, torch (no kernels of our own) or reference.
 
     Raises ValueError for another name. The choice is one of the process, not of the thread.
     """
@@ -34,3 +38,12 @@ def ops_backend(name: str) -> Iterator[None]:
 def use_reference() -> bool:
     """Return whether the references are forced."""
     return _choice == "reference"
+
+
+def use_kernels(name: str, device: torch.device) -> bool:
+    """Return whether to take a module of `effbackbones.kernels` on a device: `auto`, a GPU, and they work there.
+
+    Not where a model is exported: other programs do not know them.
+    """
+    cuda = device.type == "cuda" and _choice == "auto" and not torch.compiler.is_exporting()
+    return cuda and not problem(name, device)

@@ -1,7 +1,7 @@
-"""Operators that no library has: each a readable reference and a fast path of equal numbers.
+"""Operators that no library has: each a readable reference, a fast path in PyTorch and, for two, Triton kernels.
 
-`EFFBACKBONES_OPS=auto|reference` (read once, at import) and the context manager `ops_backend` choose; `auto` takes the
-fast path of the device at hand.
+All give equal numbers. `EFFBACKBONES_OPS=auto|torch|reference` (read once, at import) and the context manager
+`ops_backend` choose: `auto` takes the kernels on CUDA, where they work, else the fast path, as `torch` does everywhere.
 """
 
 from effbackbones.layers.reference import ops_backend, use_reference

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from effbackbones.layers.cached import constant
-from effbackbones.layers.reference import use_reference
+from effbackbones.layers.reference import use_kernels, use_reference
 
 Pair = tuple[int, int]
 
@@ -59,7 +59,14 @@ def aggregated_attention(
     biases = (bias_ho, tokens_hdo, token_bias_ho, pool_bias)
     with _without_autocast(v_bhdn):
         inputs = [x.to(dtype) for x in (*maps, *biases)]
-        y_bhdn = _reference(grid, *inputs) if use_reference() else _Aggregation.apply(grid, *inputs)
+        if use_reference():
+            y_bhdn = _reference(grid, *inputs)
+        elif dtype == torch.float32 and use_kernels("aggregated_attention", v_bhdn.device):
+            from effbackbones.kernels.aggregated_attention import aggregated_attention as kernel
+
+            y_bhdn = kernel(grid, *inputs, exact=v_bhdn.dtype == torch.float32)
+        else:
+            y_bhdn = _Aggregation.apply(grid, *inputs)
         return y_bhdn.to(v_bhdn.dtype)
 
 

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from effbackbones.layers.reference import use_reference
+from effbackbones.layers.reference import use_kernels, use_reference
 from effbackbones.layers.window import join_windows, pad_to_windows, split_windows
 
 Grid = tuple[int, int]
@@ -40,8 +40,7 @@ def super_token_attention(x_bhwc: Tensor, cell: int, n_iter: int, refine: Callab
         return _reference(x_bhwc, cell, n_iter, refine)
     x_gnc, grid = _cells(x_bhwc, cell)
     s_bhwc, q_gkn = _sample(x_gnc, grid, n_iter)
-    y_gnc = q_gkn.transpose(1, 2) @ _neighbours(refine(s_bhwc))
-    return _map(y_gnc, cell, grid, x_bhwc)
+    return _map(_spread(q_gkn, refine(s_bhwc)), cell, grid, x_bhwc)
 
 
 def sample_super_tokens(x_bhwc: Tensor, cell: int, n_iter: int) -> tuple[Tensor, Tensor]:
@@ -75,12 +74,41 @@ def _map(y_gnc: Tensor, cell: int, grid: Grid, x_bhwc: Tensor) -> Tensor:
 
 def _sample(x_gnc: Tensor, grid: Grid, n_iter: int) -> tuple[Tensor, Tensor]:
     """Return the super tokens (B, h, w, C), and the association (B h w, 9, N), a constant to the gradient."""
+    if _has_kernels(x_gnc):
+        return _sample_by_kernels(x_gnc, grid, n_iter)
     fixed_gnc = x_gnc.detach()
     s_bhwc = fixed_gnc.mean(1).reshape(-1, *grid, fixed_gnc.shape[-1])
     q_gkn, share_gkn = _associate(s_bhwc, fixed_gnc)
     for _ in range(n_iter - 1):
         q_gkn, share_gkn = _associate(_collect(share_gkn @ fixed_gnc, grid), fixed_gnc)
     return _collect(share_gkn @ x_gnc, grid), q_gkn
+
+
+def _sample_by_kernels(x_gnc: Tensor, grid: Grid, n_iter: int) -> tuple[Tensor, Tensor]:
+    """Compute `_sample` by Triton kernels, which give sums in float32: these are divided, not the weights."""
+    from effbackbones.kernels.super_tokens import associate, gather
+
+    fixed_gnc = x_gnc.detach()
+    s_bhwc = fixed_gnc.mean(1).reshape(-1, *grid, fixed_gnc.shape[-1])
+    for i in range(n_iter):
+        q_gkn, total_gk = associate(s_bhwc, fixed_gnc)
+        total_bhw1 = _collect(total_gk.unsqueeze(-1), grid) + 1e-12
+        s_bhwc = (gather(q_gkn, x_gnc if i == n_iter - 1 else fixed_gnc, *grid) / total_bhw1).to(x_gnc.dtype)
+    return s_bhwc, q_gkn
+
+
+def _spread(q_gkn: Tensor, s_bhwc: Tensor) -> Tensor:
+    """Return what pixels get of the super tokens around them, (B h w, N, C)."""
+    if _has_kernels(q_gkn):
+        from effbackbones.kernels.super_tokens import spread
+
+        y_gnc: Tensor = spread(q_gkn, s_bhwc)
+        return y_gnc
+    return q_gkn.transpose(1, 2) @ _neighbours(s_bhwc)
+
+
+def _has_kernels(x: Tensor) -> bool:
+    return x.dtype != torch.float64 and use_kernels("super_tokens", x.device)
 
 
 def _associate(s_bhwc: Tensor, x_gnc: Tensor) -> tuple[Tensor, Tensor]:

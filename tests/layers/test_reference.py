@@ -28,13 +28,15 @@ def test_error_within_the_context_restores_the_path():
 
 def test_unknown_path_raises_and_changes_nothing():
     before = use_reference()
-    message = "the operators' backend is 'fast'; expected one of auto, reference"
+    message = "the operators' backend is 'fast'; expected one of auto, torch, reference"
     with pytest.raises(ValueError, match=message), ops_backend("fast"):
         pass
     assert use_reference() is before
 
 
-@pytest.mark.parametrize(("value", "reference"), [(None, False), ("auto", False), ("reference", True)])
+@pytest.mark.parametrize(
+    ("value", "reference"), [(None, False), ("auto", False), ("torch", False), ("reference", True)]
+)
 def test_environment_variable_chooses_at_import(value, reference, monkeypatch):
     monkeypatch.delenv("EFFBACKBONES_OPS", raising=False)
     if value:
@@ -46,6 +48,6 @@ def test_environment_variable_chooses_at_import(value, reference, monkeypatch):
 def test_bad_environment_variable_raises_and_names_it(value, monkeypatch):
     monkeypatch.setenv("EFFBACKBONES_OPS", value)
     with pytest.raises(
-        ValueError, match=f"environment variable EFFBACKBONES_OPS is '{value}'; expected one of auto, reference"
+        ValueError, match=f"environment variable EFFBACKBONES_OPS is '{value}'; expected one of auto, torch, reference"
     ):
         runpy.run_path(module_file)

@@ -1,0 +1,237 @@
+"""Attention of many windows that share a bias: softmax(scale q k^T + bias) v.
+
+Library kernels take such a bias, but return its gradient window by window, B N M numbers of every head, to be summed
+afterwards. Here a program goes through the windows and keeps the sum.
+
+Legend: B windows, h heads, N queries, M keys, d channels of q and k, d_v of v; i and j tiles of queries and keys.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+SPLITS = 64
+"""Parts, at most, that the windows are summed in."""
+
+
+@triton.jit
+def _tile(base, rows, columns, row_stride, n_rows, n_columns):
+    """Load a tile (rows, columns) of a matrix whose columns lie side by side; zeros beyond it."""
+    inside = (rows[:, None] < n_rows) & (columns[None, :] < n_columns)
+    return tl.load(base + rows[:, None] * row_stride + columns[None, :], inside, 0.0)
+
+
+@triton.jit
+def _scores(q, k, bias, i, j, n, m, scale, PRECISION: tl.constexpr):
+    """Return a tile of the scores; minus infinity beyond the keys."""
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+    scores += _tile(bias, i, j, m, n, m).to(tl.float32)
+    return tl.where(j[None, :] < m, scores, float("-inf"))
+
+
+@triton.jit
+def _forward(
+    q_ptr, k_ptr, v_ptr, bias_ptr, y_ptr, lse_ptr, scale, heads, n, m, d, d_v,
+    N: tl.constexpr, M: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    window_head = tl.program_id(0).to(tl.int64)
+    i, c, c_v = tl.program_id(1) * N + tl.arange(0, N), tl.arange(0, D), tl.arange(0, D_V)
+    q = _tile(q_ptr + window_head * n * d, i, c, d, n, d)
+    bias = bias_ptr + (window_head % heads) * n * m
+    top = tl.full((N,), float("-inf"), tl.float32)
+    total = tl.zeros((N,), tl.float32)
+    y = tl.zeros((N, D_V), tl.float32)
+    for start in range(0, m, M):
+        j = start + tl.arange(0, M)
+        k = _tile(k_ptr + window_head * m * d, j, c, d, m, d)
+        v = _tile(v_ptr + window_head * m * d_v, j, c_v, d_v, m, d_v)
+        scores = _scores(q, k, bias, i, j, n, m, scale, PRECISION)
+        higher = tl.maximum(top, tl.max(scores, 1))
+        shrink = tl.exp(top - higher)
+        weights = tl.exp(scores - higher[:, None])
+        total = total * shrink + tl.sum(weights, 1)
+        y = y * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
+        top = higher
+    inside = (i[:, None] < n) & (c_v[None, :] < d_v)
+    tl.store(y_ptr + window_head * n * d_v + i[:, None] * d_v + c_v[None, :], y / total[:, None], inside)
+    tl.store(lse_ptr + window_head * n + i, top + tl.log(total), i < n)
+
+
+@triton.jit
+def _weights_and_slopes(
+    q, k, v, grad, bias, lse, delta, i, j, n, m, scale, PRECISION: tl.constexpr
+):  # fmt: skip
+    """Return a tile of the weights and of the gradients of the scores, zeros beyond them."""
+    scores = _scores(q, k, bias, i, j, n, m, scale, PRECISION)
+    weights = tl.where(i[:, None] < n, tl.exp(scores - lse[:, None]), 0.0)
+    return weights, weights * (tl.dot(grad, tl.trans(v), input_precision=PRECISION) - delta[:, None])
+
+
+@triton.jit
+def _gradient_of_queries(
+    q_ptr, k_ptr, v_ptr, bias_ptr, y_ptr, lse_ptr, grad_ptr, delta_ptr, dq_ptr, scale, heads, n, m, d, d_v,
+    N: tl.constexpr, M: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    window_head = tl.program_id(0).to(tl.int64)
+    i, c, c_v = tl.program_id(1) * N + tl.arange(0, N), tl.arange(0, D), tl.arange(0, D_V)
+    q = _tile(q_ptr + window_head * n * d, i, c, d, n, d)
+    grad = _tile(grad_ptr + window_head * n * d_v, i, c_v, d_v, n, d_v)
+    y = _tile(y_ptr + window_head * n * d_v, i, c_v, d_v, n, d_v)
+    delta = tl.sum(grad.to(tl.float32) * y.to(tl.float32), 1)
+    tl.store(delta_ptr + window_head * n + i, delta, i < n)
+    lse = tl.load(lse_ptr + window_head * n + i, i < n, 0.0)
+    bias = bias_ptr + (window_head % heads) * n * m
+    dq = tl.zeros((N, D), tl.float32)
+    for start in range(0, m, M):
+        j = start + tl.arange(0, M)
+        k = _tile(k_ptr + window_head * m * d, j, c, d, m, d)
+        v = _tile(v_ptr + window_head * m * d_v, j, c_v, d_v, m, d_v)
+        _, slopes = _weights_and_slopes(q, k, v, grad, bias, lse, delta, i, j, n, m, scale, PRECISION)
+        dq += tl.dot(slopes.to(k.dtype), k, input_precision=PRECISION)
+    inside = (i[:, None] < n) & (c[None, :] < d)
+    tl.store(dq_ptr + window_head * n * d + i[:, None] * d + c[None, :], dq * scale, inside)
+
+
+@triton.jit
+def _gradients_of_keys(
+    q_ptr, k_ptr, v_ptr, bias_ptr, lse_ptr, grad_ptr, delta_ptr, dk_ptr, dv_ptr, scale, heads, n, m, d, d_v,
+    N: tl.constexpr, M: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    window_head = tl.program_id(0).to(tl.int64)
+    j, c, c_v = tl.program_id(1) * M + tl.arange(0, M), tl.arange(0, D), tl.arange(0, D_V)
+    k = _tile(k_ptr + window_head * m * d, j, c, d, m, d)
+    v = _tile(v_ptr + window_head * m * d_v, j, c_v, d_v, m, d_v)
+    bias = bias_ptr + (window_head % heads) * n * m
+    dk, dv = tl.zeros((M, D), tl.float32), tl.zeros((M, D_V), tl.float32)
+    for start in range(0, n, N):
+        i = start + tl.arange(0, N)
+        q = _tile(q_ptr + window_head * n * d, i, c, d, n, d)
+        grad = _tile(grad_ptr + window_head * n * d_v, i, c_v, d_v, n, d_v)
+        lse = tl.load(lse_ptr + window_head * n + i, i < n, 0.0)
+        delta = tl.load(delta_ptr + window_head * n + i, i < n, 0.0)
+        weights, slopes = _weights_and_slopes(q, k, v, grad, bias, lse, delta, i, j, n, m, scale, PRECISION)
+        dk += tl.dot(tl.trans(slopes.to(q.dtype)), q, input_precision=PRECISION)
+        dv += tl.dot(tl.trans(weights.to(grad.dtype)), grad, input_precision=PRECISION)
+    tl.store(
+        dk_ptr + window_head * m * d + j[:, None] * d + c[None, :], dk * scale, (j[:, None] < m) & (c[None, :] < d)
+    )
+    tl.store(
+        dv_ptr + window_head * m * d_v + j[:, None] * d_v + c_v[None, :], dv, (j[:, None] < m) & (c_v[None, :] < d_v)
+    )
+
+
+@triton.jit
+def _gradient_of_bias(
+    q_ptr, k_ptr, v_ptr, bias_ptr, lse_ptr, grad_ptr, delta_ptr, part_ptr, scale, windows, splits, heads, n, m, d, d_v,
+    N: tl.constexpr, M: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    head, split = tl.program_id(0) % heads, tl.program_id(0) // heads
+    i, j = tl.program_id(1) * N + tl.arange(0, N), tl.program_id(2) * M + tl.arange(0, M)
+    c, c_v = tl.arange(0, D), tl.arange(0, D_V)
+    total = tl.zeros((N, M), tl.float32)
+    for window in range(split, windows, splits):
+        window_head = (window * heads + head).to(tl.int64)
+        q = _tile(q_ptr + window_head * n * d, i, c, d, n, d)
+        k = _tile(k_ptr + window_head * m * d, j, c, d, m, d)
+        v = _tile(v_ptr + window_head * m * d_v, j, c_v, d_v, m, d_v)
+        grad = _tile(grad_ptr + window_head * n * d_v, i, c_v, d_v, n, d_v)
+        lse = tl.load(lse_ptr + window_head * n + i, i < n, 0.0)
+        delta = tl.load(delta_ptr + window_head * n + i, i < n, 0.0)
+        bias = bias_ptr + head * n * m
+        _, slopes = _weights_and_slopes(q, k, v, grad, bias, lse, delta, i, j, n, m, scale, PRECISION)
+        total += slopes
+    part = part_ptr + (split * heads + head).to(tl.int64) * n * m
+    tl.store(part + i[:, None] * m + j[None, :], total, (i[:, None] < n) & (j[None, :] < m))
+
+
+def window_attention(q_bhnd: Tensor, k_bhmd: Tensor, v_bhmd: Tensor, bias_1hnm: Tensor, scale: float) -> Tensor:
+    """Return softmax(scale q k^T + bias) v, (B, h, N, d_v), in the dtype of v; differentiable once.
+
+    Args:
+        q_bhnd: Queries, of 16 or 32 bits; k and v are of their dtype.
+        k_bhmd: Keys.
+        v_bhmd: Values, (B, h, M, d_v).
+        bias_1hnm: The bias of all windows, (1, h, N, M), of any dtype.
+        scale: What the products of queries and keys are multiplied by.
+    """
+    y_bhnd: Tensor = _operator(q_bhnd, k_bhmd, v_bhmd, bias_1hnm, scale)[0]
+    return y_bhnd
+
+
+@torch.library.custom_op("effbackbones::window_attention", mutates_args=())
+def _operator(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    q, k, v, bias = (x.contiguous() for x in (q, k, v, bias))
+    y = q.new_empty(*q.shape[:3], v.shape[3])
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    tiles, settings = _settings(q, k, v)
+    _forward[q.shape[0] * q.shape[1], tiles[0]](q, k, v, bias, y, lse, scale, *_sizes(q, k, v), **settings)
+    return y, lse
+
+
+@_operator.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@torch.library.custom_op("effbackbones::window_attention_backward", mutates_args=())
+def _gradients(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, y: Tensor, lse: Tensor, grad: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    q, k, v, bias, grad = (x.contiguous() for x in (q, k, v, bias, grad))
+    dq, dk, dv, delta = (torch.empty_like(x) for x in (q, k, v, lse))
+    (windows, heads), sizes = q.shape[:2], _sizes(q, k, v)
+    (i_tiles, j_tiles), settings = _settings(q, k, v)
+    splits = min(SPLITS, windows)
+    part = q.new_empty(splits, *bias.shape[1:], dtype=torch.float32)
+    common = (q, k, v, bias)
+    _gradient_of_queries[windows * heads, i_tiles](*common, y, lse, grad, delta, dq, scale, *sizes, **settings)
+    _gradients_of_keys[windows * heads, j_tiles](*common, lse, grad, delta, dk, dv, scale, *sizes, **settings)
+    _gradient_of_bias[heads * splits, i_tiles, j_tiles](
+        *common, lse, grad, delta, part, scale, windows, splits, *sizes, **settings
+    )
+    return dq, dk, dv, part.sum(0, keepdim=True).to(bias.dtype)
+
+
+@_gradients.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, y: Tensor, lse: Tensor, grad: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dq, dk, dv, d_bias = (x.new_empty(x.shape) for x in (q, k, v, bias))
+    return dq, dk, dv, d_bias
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.scale = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _differentiate(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    return *_gradients(*ctx.saved_tensors, grad, ctx.scale), None
+
+
+_operator.register_autograd(_differentiate, setup_context=_save)
+
+
+def _sizes(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, ...]:
+    return q.shape[1], q.shape[2], k.shape[2], q.shape[3], v.shape[3]
+
+
+def _settings(q: Tensor, k: Tensor, v: Tensor) -> tuple[tuple[int, int], dict[str, Any]]:
+    """Return how many tiles of queries and keys there are, and what the kernels are compiled for."""
+    i, j = (min(64, max(16, triton.next_power_of_2(x.shape[2]))) for x in (q, k))
+    d, d_v = (max(16, triton.next_power_of_2(x.shape[3])) for x in (q, v))
+    precision = "ieee" if q.dtype == torch.float32 else "tf32"
+    tiles = triton.cdiv(q.shape[2], i), triton.cdiv(k.shape[2], j)
+    return tiles, {"N": i, "M": j, "D": d, "D_V": d_v, "PRECISION": precision, "num_warps": 4}
+
+
+def trial(device: torch.device) -> None:
+    """Make a small call and its gradients."""
+    q, k, v, bias = (
+        torch.ones(*shape, device=device, requires_grad=True) for shape in ((2, 1, 9, 8),) * 3 + ((1, 1, 9, 9),)
+    )
+    window_attention(q, k, v, bias, 1.0).sum().backward()

@@ -35,6 +35,7 @@ from effbackbones.layers import (
     scaled,
     split_window_heads,
     split_windows,
+    use_reference,
 )
 from effbackbones.layers.window import Window
 from effbackbones.models._hierarchical import HierarchicalBackbone, Stage, backbone_cfg, create_backbone, init_linear
@@ -170,14 +171,16 @@ class WindowAttention(nn.Module):
     def forward(self, x_bhwc: Tensor, q_bhnd: Tensor | None) -> Tensor:
         """Return the output, (B, H, W, C); `q_bhnd` are the queries of every window, where they are not its own."""
         height, width = x_bhwc.shape[1:3]
-        if divides(self.window, height, width):
-            y_bhwc = self.qkv(x_bhwc)
+        if use_reference() or divides(self.window, height, width):
+            y_bhwc = self.qkv(pad_to_windows(x_bhwc, self.window))
         else:  # padding is nothing but the bias after the projection: it need not go through it
             y_bhwc = pad_to_windows(linear_bhwc(x_bhwc, self.qkv.weight), self.window)
             y_bhwc = y_bhwc + self.qkv.bias.to(y_bhwc.dtype)
         *own, k_bhnd, v_bhnd = split_window_heads(y_bhwc, self.window, self.parts, self.heads)
         out_bhnd = attend(own[0] if q_bhnd is None else q_bhnd, k_bhnd, v_bhnd, self.position_bias(), self.scale)
         out_bhwc = join_window_heads(out_bhnd, self.window, (y_bhwc.shape[1], y_bhwc.shape[2]))
+        if use_reference():
+            return self.proj(out_bhwc)[:, :height, :width]
         return self.proj(out_bhwc[:, :height, :width])
 
 
@@ -227,7 +230,7 @@ class GlobalContextStage(Stage):
             q_bhnd = self.query(x_bchw).unsqueeze(1).expand(-1, windows, -1, -1, -1).flatten(0, 1)
 
         x_bhwc = x_bchw.permute(0, 2, 3, 1)
-        whole = divides(self.window, height, width)
+        whole = divides(self.window, height, width) and not use_reference()
         if whole:  # one window below the other: to cut the map again, block by block, is a view then
             x_bhwc = split_windows(x_bhwc, self.window).reshape(-1, windows * h, w, dim)
         for j, block in enumerate(self.blocks):

@@ -29,6 +29,7 @@ from effbackbones.layers import (
     join_window_heads,
     join_windows,
     split_window_heads,
+    use_reference,
 )
 from effbackbones.models._hierarchical import (
     HierarchicalBackbone,
@@ -141,7 +142,7 @@ def attend_and_count(q_bhnd: Tensor, k_bhmd: Tensor, v_bhmd: Tensor) -> tuple[Te
     heads, m, d = k_bhmd.shape[1:]
     with without_autocast(q_bhnd.device):
         k_bhdm = (k_bhmd.to(dtype) * d**-0.5).transpose(2, 3)
-        if q_bhnd.shape[2] * m <= STORED:
+        if use_reference() or q_bhnd.shape[2] * m <= STORED:
             weights_bhnm = (q_bhnd.to(dtype) @ k_bhdm).softmax(-1)
             return weights_bhnm.to(v_bhmd.dtype) @ v_bhmd, weights_bhnm.detach().sum((1, 2)) / heads
         k_bhdm = k_bhdm.detach()

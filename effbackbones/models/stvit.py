@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from timm.layers import DropPath, calculate_drop_path_rates
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ from effbackbones.layers import (
     fold_scales,
     layer_scales,
     scaled,
+    use_reference,
 )
 from effbackbones.models._hierarchical import HierarchicalBackbone, Stage, backbone_cfg, create_backbone, init_linear
 from effbackbones.ops import sample_super_tokens, super_token_attention
@@ -55,7 +57,13 @@ class Stem(nn.Sequential):
         )
 
     def forward(self, x_bchw: Tensor) -> Tensor:
-        return super().forward(x_bchw.contiguous(memory_format=torch.channels_last))
+        layout = torch.contiguous_format if use_reference() else torch.channels_last
+        return super().forward(x_bchw.contiguous(memory_format=layout))
+
+
+def conv1x1(layer: nn.Linear, x_bchw: Tensor) -> Tensor:
+    """Apply a linear layer as the release does in all blocks: as a convolution of a map with the channels first."""
+    return F.conv2d(x_bchw, layer.weight[:, :, None, None], layer.bias)
 
 
 class ConvMlp(nn.Module):
@@ -69,6 +77,9 @@ class ConvMlp(nn.Module):
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x_bhwc: Tensor) -> Tensor:
+        if use_reference():
+            x_bchw = self.conv(self.act(conv1x1(self.fc1, x_bhwc.permute(0, 3, 1, 2))))
+            return conv1x1(self.fc2, x_bchw).permute(0, 2, 3, 1)
         x_bchw = self.conv(self.act(self.fc1(x_bhwc)).permute(0, 3, 1, 2))
         return self.fc2(x_bchw.permute(0, 2, 3, 1))
 
@@ -87,6 +98,11 @@ class Attention(nn.Module):
 
     def forward(self, x_bhwc: Tensor) -> Tensor:
         _, h, w, c = x_bhwc.shape
+        if use_reference():
+            qkv_bcn = conv1x1(self.qkv, x_bhwc.permute(0, 3, 1, 2).contiguous()).flatten(2)
+            q_bhdn, k_bhdn, v_bhdn = qkv_bcn.unflatten(1, (self.num_heads, -1)).chunk(3, 2)
+            weights_bhmn = ((k_bhdn.mT @ q_bhdn) * (c // self.num_heads) ** -0.5).softmax(2)
+            return conv1x1(self.proj, (v_bhdn @ weights_bhmn).reshape(-1, c, h, w)).permute(0, 2, 3, 1)
         qkv = self.qkv(x_bhwc).reshape(-1, h * w, self.num_heads, 3, c // self.num_heads)
         q_bhnd, k_bhnd, v_bhnd = qkv.transpose(1, 2).unbind(3)
         return self.proj(attend(q_bhnd, k_bhnd, v_bhnd).transpose(1, 2).reshape(-1, h, w, c))

@@ -9,6 +9,7 @@ order from the last to the first, d channels of a head. Channels come before tok
 products with a window's cells run along whole maps; they come last everywhere else.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from effbackbones.checkpoint import KeyMap
-from effbackbones.layers import Cached, aligned_bias, attend, constant
+from effbackbones.layers import Cached, aligned_bias, attend, constant, use_reference
 from effbackbones.models._hierarchical import (
     HierarchicalBackbone,
     Stage,
@@ -59,6 +60,10 @@ class ConvGlu(nn.Module):
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x_bhwc: Tensor) -> Tensor:
+        if use_reference():
+            x, gate = self.fc1(x_bhwc).chunk(2, -1)
+            x = self.dwconv(x.permute(0, 3, 1, 2).contiguous()).permute(0, 2, 3, 1)
+            return self.fc2(F.gelu(x.contiguous()) * gate)
         # One product for each half: the halves of one product would have to be copied apart.
         weights, biases = self.fc1.weight.chunk(2), self.fc1.bias.chunk(2)
         x, gate = (F.linear(x_bhwc, weight, bias) for weight, bias in zip(weights, biases, strict=True))
@@ -96,11 +101,26 @@ class LogPositionBias(Cached):
 
     def forward(self, grid: Grid, pool: Grid) -> Tensor:
         """Return the bias of a map of `grid` (H, W) over keys pooled to `pool` (pH, pW)."""
+        if use_reference():
+            bias = self._reference(grid, pool)
+            return bias.unsqueeze(0) if self.flat else bias.mT.unflatten(2, grid).unflatten(1, pool).flip(1, 2)
         sources = list(self.parameters())
         table = partial(self._table, *(self.trained or (grid, pool)))
         if math.prod((*grid, *pool)) * self.fc2.out_features > self._KEPT:
             return self._laid_out(self.kept(("table", grid, pool), sources, table), grid, pool)
         return self.kept(("bias", grid, pool), sources, lambda: self._laid_out(table(), grid, pool))
+
+    def _reference(self, grid: Grid, pool: Grid) -> Tensor:
+        """Return the bias (heads, N, P), keys from the first to the last: pair by pair, then resized."""
+        trained, trained_pool = self.trained or (grid, pool)
+        offsets, index = _unique_offsets(trained, trained_pool, self.fc1.weight.device)
+        scaled = offsets / self.unit * 8
+        offsets = (scaled.sign() * (scaled.abs() + 1).log2() / 3).to(self.fc1.weight.dtype)
+        bias = self.fc2(self.fc1(offsets).relu())[index].T.unflatten(1, (math.prod(trained), math.prod(trained_pool)))
+        if (trained, trained_pool) == (grid, pool):
+            return bias
+        bias = F.interpolate(bias.unflatten(2, trained_pool), pool, mode="bilinear").flatten(2)
+        return F.interpolate(bias.mT.unflatten(2, trained), grid, mode="bilinear").flatten(2).mT
 
     def _table(self, grid: Grid, pool: Grid) -> Tensor:
         """Return the bias of all pairs of offsets, (heads, offsets along the rows, along the columns)."""
@@ -139,6 +159,19 @@ class LogPositionBias(Cached):
             y, x = (_resizing(*axis, table.device).to(table.dtype) for axis in zip(trained, sizes, strict=True))
             bias = y @ table @ x.T
         return bias.unflatten(2, (pool[1], grid[1])).unflatten(1, (pool[0], grid[0])).transpose(2, 3).contiguous()
+
+
+@functools.lru_cache(maxsize=64)  # the release has them as buffers
+def _unique_offsets(grid: Grid, pool: Grid, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the offsets (U, 2) that occur between queries and keys, and which one every pair has, (N P,)."""
+    with torch.inference_mode(False):
+        axes = []
+        for n, m in zip(grid, pool, strict=True):
+            positions = torch.arange(n, dtype=torch.float32, device=device)
+            axes.append(positions[:, None] - F.adaptive_avg_pool1d(positions[None], m))
+        y, x = torch.broadcast_tensors(axes[0][:, None, :, None], axes[1][None, :, None, :])
+        offsets, index = torch.stack([y, x], -1).flatten(0, 3).unique(dim=0, return_inverse=True)
+        return offsets, index
 
 
 # Positions along one axis. A key is at the centre of its bin: all is counted in halves.
@@ -278,6 +311,21 @@ class AggregatedAttention(Cached):
         trunc_normal_(self.relative_pos_bias_local, std=0.0004)
         trunc_normal_(self.learnable_tokens, std=0.02)
 
+    def _projected(self, x_bhwc: Tensor) -> tuple[Tensor, ...]:
+        """Return the four linear functions of the map, all (B, C, N): queries, keys, values, and what is pooled."""
+        if use_reference():
+            kv_bnc = self.kv(x_bhwc).flatten(1, 2)
+            return (
+                self.q(x_bhwc).flatten(1, 2).mT,
+                *kv_bnc.mT.chunk(2, 1),
+                self.sr(x_bhwc.permute(0, 3, 1, 2)).flatten(2),
+            )
+        # One product for all that reads x; its other operand is x as it lies, so that channels come first at no cost.
+        sources = [p for layer in (self.q, self.kv, self.sr) for p in layer.parameters()]
+        weight, bias = self.kept("weights", sources, self._joined)
+        x_bcn = x_bhwc.flatten(1, 2).mT
+        return torch.baddbmm(bias, weight.expand(x_bcn.shape[0], -1, -1), x_bcn).chunk(4, 1)
+
     def _joined(self) -> tuple[Tensor, Tensor]:
         weight = torch.cat([self.q.weight, self.kv.weight, self.sr.weight.flatten(1)])
         biases: list[Any] = [self.q.bias, self.kv.bias, self.sr.bias]
@@ -286,12 +334,7 @@ class AggregatedAttention(Cached):
     def forward(self, x_bhwc: Tensor) -> Tensor:
         grid = (x_bhwc.shape[1], x_bhwc.shape[2])
         pool = (self.pool_size, self.pool_size) if self.pool_size else _pooled_grid(grid, self.ratio)
-        # One product for all that reads x; its other operand is x as it lies, so that channels come first at no cost.
-        sources = [p for layer in (self.q, self.kv, self.sr) for p in layer.parameters()]
-        weight, bias = self.kept("weights", sources, self._joined)
-        x_bcn = x_bhwc.flatten(1, 2).mT
-        y_bcn = torch.baddbmm(bias, weight.expand(x_bcn.shape[0], -1, -1), x_bcn)
-        q_bhdn, k_bhdn, v_bhdn, z_bhdn = y_bcn.unflatten(1, (4, -1, self.head_dim)).unbind(1)
+        q_bhdn, k_bhdn, v_bhdn, z_bhdn = (x.unflatten(1, (-1, self.head_dim)) for x in self._projected(x_bhwc))
 
         z_bpc = _pool(F.gelu(z_bhdn).flatten(1, 2).unflatten(2, grid), pool).flip(2, 3).flatten(2).mT
         kv_bpc = F.linear(self.norm(z_bpc), self.kv.weight, self.kv.bias)

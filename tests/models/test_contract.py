@@ -1,8 +1,8 @@
 """What every model of the zoo promises, family by family unseen: a model is tested by being registered.
 
-Models are cut to two blocks a stage, or the fewest that the family has, at their real widths. What the class decides is
-tested on the smallest variant of each class, what depends on the layers on the smallest variant of each set of layers,
-names on all.
+Models are cut to two blocks a stage, or the fewest that the family has, and to small widths; what they are at their
+real size the tests of their families tell. What the class decides is tested on the smallest variant of each class,
+what depends on the layers on the smallest variant of each set of layers, names on all.
 """
 
 import argparse
@@ -19,13 +19,13 @@ import safetensors.torch
 import timm
 import torch
 import torch.nn.functional as F
-from small_models import depths
+from small_models import depths, small
 from timm.models import group_parameters, model_entrypoint
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
 from effbackbones.checkpoint import CheckpointError, Loaded
-from effbackbones.layers import ProjectionHead
+from effbackbones.layers import ProjectionHead, attention_backend, ops_backend
 from effbackbones.models._hierarchical import checkpoint_filter_fn
 from effbackbones.models._zoo import ZOO
 
@@ -35,7 +35,7 @@ MODELS = list(dict.fromkeys(row.model for row in ZOO))
 
 def skeleton(name: str) -> Any:
     with torch.device("meta"):
-        return timm.create_model(name, depths=depths(name))
+        return timm.create_model(name, **small(name))
 
 
 SKELETONS = {name: skeleton(name) for name in MODELS}
@@ -59,7 +59,7 @@ def shared(name: str, dense: bool = False, compiled: bool = False) -> Any:
     Its weights are random, all of them: initial zeros and tiny layer scales would hide what they multiply.
     """
     torch.manual_seed(0)
-    model = timm.create_model(name, depths=depths(name, compiled), dense=dense).eval()
+    model = timm.create_model(name, **small(name, compiled), dense=dense).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
@@ -75,7 +75,7 @@ def own(name: str, dense: bool = False, **kwargs: Any) -> Any:
     """Return a model with the weights of the shared one, to be changed at will."""
     if not kwargs:
         return copy.deepcopy(shared(name, dense))
-    model = timm.create_model(name, depths=depths(name), dense=dense, **kwargs).eval()
+    model = timm.create_model(name, **small(name), dense=dense, **kwargs).eval()
     backbone = model.model if kwargs.get("features_only") else model
     assert not backbone.load_state_dict(shared(name, dense).state_dict(), strict=False).missing_keys
     return model
@@ -269,7 +269,7 @@ def test_evaluation_follows_weights_that_change(name, dense):
     model, x = own(name, dense).double(), images(2, 3, 64, 96, dtype=torch.float64)
 
     def fresh() -> list[Tensor]:
-        other = timm.create_model(name, depths=depths(name), dense=dense).double().eval()
+        other = timm.create_model(name, **small(name), dense=dense).double().eval()
         other.load_state_dict(model.state_dict())
         return maps_of(other)(x)
 
@@ -368,7 +368,7 @@ def test_dense_model_refuses_a_classifier(name):
 @pytest.mark.parametrize("in_chans", [1, 4])
 @torch.no_grad()
 def test_in_chans_is_taken(name, in_chans):
-    model = timm.create_model(name, depths=depths(name), in_chans=in_chans).eval()
+    model = timm.create_model(name, **small(name), in_chans=in_chans).eval()
     assert model.in_chans == in_chans
     assert model.forward_features(images(1, in_chans, 32, 32)).isfinite().all()
 
@@ -399,7 +399,7 @@ def test_drop_rate_drops_pooled_features_in_training_only(name):
 @pytest.mark.parametrize("img_size", [64, (64, 96)], ids=str)
 @torch.no_grad()
 def test_img_size_is_taken(name, dense, img_size):
-    model = timm.create_model(name, depths=depths(name), dense=dense, img_size=img_size).eval()
+    model = timm.create_model(name, **small(name), dense=dense, img_size=img_size).eval()
     height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
     assert model.forward_features(images(1, 3, height, width)).shape[2:] == (height // 32, width // 32)
 
@@ -418,7 +418,7 @@ def test_unknown_argument_raises(name):
 def test_parameter_names_are_uniform(name, dense):
     pattern = r"(stem|stages\.[0-3]\.(downsample|blocks\.[0-5]|(?!blocks|\d)\w+)|norms\.[0-3]|norm|head\w*)(\.|$)"
     with torch.device("meta"):
-        model = timm.create_model(name, depths=depths(name), dense=dense)
+        model = timm.create_model(name, **small(name), dense=dense)
     assert [key for key in model.state_dict() if not re.match(pattern, key)] == []
     assert ("norms" in dict(model.named_children())) is dense
 
@@ -438,7 +438,7 @@ def depth(key: str, coarse: bool) -> tuple[int, ...]:
 @pytest.mark.parametrize("coarse", [False, True], ids=["fine", "coarse"])
 def test_group_matcher_orders_all_parameters_by_depth(name, dense, coarse):
     with torch.device("meta"):
-        model = timm.create_model(name, depths=depths(name), dense=dense)
+        model = timm.create_model(name, **small(name), dense=dense)
     groups = group_parameters(model, model.group_matcher(coarse=coarse), reverse=True)
     place = {key: depth(key, coarse) for key, _ in model.named_parameters()}
     rank = {d: i for i, d in enumerate(sorted(set(place.values())))}
@@ -527,9 +527,7 @@ def checkpoint(name, tmp_path_factory):
 
 def load(name: str, path: Any, **kwargs: Any) -> Any:
     overlay = {"file": str(path)}
-    return timm.create_model(
-        name, pretrained=True, pretrained_cfg_overlay=overlay, depths=depths(name), **kwargs
-    ).eval()
+    return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **small(name), **kwargs).eval()
 
 
 def assert_same_entries(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -606,7 +604,7 @@ def test_checkpoint_of_other_classes_loads_without_its_classifier(name, checkpoi
 @each_class
 def test_checkpoint_without_classifier_loads_into_model_of_other_classes(name):
     headless = own(name, num_classes=0).state_dict()
-    model = timm.create_model(name, depths=depths(name), num_classes=7)
+    model = timm.create_model(name, **small(name), num_classes=7)
     assert_same_entries(checkpoint_filter_fn(headless, model), headless)
 
 
@@ -661,6 +659,25 @@ def test_damaged_checkpoint_through_timm_raises_and_names_the_key(name, tmp_path
     torch.save(state, tmp_path / "damaged.pth")
     with pytest.raises(CheckpointError, match=rf"does not fit {name}: missing: {re.escape(key)}\n"):
         load(name, tmp_path / "damaged.pth")
+
+
+# Paths
+
+
+@each_distinct
+@each_mode
+def test_reference_path_gives_the_same_maps_and_gradients(name, dense):
+    model, x, found = own(name, dense).double(), images(2, 3, 70, 96, dtype=torch.float64), []
+    for ops, attention in (("auto", "auto"), ("reference", "plain")):
+        with ops_backend(ops), attention_backend(attention):
+            with torch.no_grad():
+                kept = maps_of(model)(x)  # what is cached where there is no gradient
+            maps = maps_of(model)(x)
+            loss = sum((m * images(*m.shape, dtype=m.dtype)).mean() for m in maps)
+            grads = torch.autograd.grad(loss, list(model.parameters()), materialize_grads=True, allow_unused=True)
+            found.append([*kept, *maps, *grads])
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-11 * max(1.0, expected.abs().max().item()))
 
 
 # Fusing
@@ -724,7 +741,7 @@ def test_compiled_model_has_no_graph_break_and_equal_outputs(name, dense):
 
 @pytest.mark.usefixtures("_dynamo")
 @each_class
-@each_mode
+@pytest.mark.parametrize("dense", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["classifier", "dense"])
 def test_compiled_training_has_no_graph_break_and_equal_gradients(name, dense):
     model = copy.deepcopy(shared(name, dense, compiled=True)).double().train()
     x = images(2, 3, 64, 64, dtype=torch.float64)

@@ -461,7 +461,7 @@ def test_attention_backend_restores_after_exception():
 
 
 def test_attention_backend_of_unknown_name_lists_the_valid_ones():
-    expected = "the attention backend is 'flash'; expected one of auto, xformers, sdpa, plain"
+    expected = "the attention backend is 'flash'; expected one of auto, xformers, sdpa, triton, plain"
     with pytest.raises(ValueError, match=expected), attention_backend("flash"):
         pass
 
@@ -479,7 +479,7 @@ def test_environment_variable_chooses_the_backend(monkeypatch, value, served):
 
 def test_environment_variable_with_unknown_name_raises_at_import(monkeypatch):
     monkeypatch.setenv("EFFBACKBONES_ATTENTION", "fast")
-    expected = "EFFBACKBONES_ATTENTION is 'fast'; expected one of auto, xformers, sdpa, plain"
+    expected = "EFFBACKBONES_ATTENTION is 'fast'; expected one of auto, xformers, sdpa, triton, plain"
     with pytest.raises(ValueError, match=expected):
         fresh_module()
 
@@ -652,6 +652,7 @@ def test_attention_report_on_cpu_names_what_works(monkeypatch):
     assert attention.attention_report() == {
         "xformers": "the tensors are on cpu: xformers serves CUDA devices only",
         "sdpa": "works",
+        "triton": "serves CUDA devices only",
         "plain": "works",
     }
 

@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 INSTALLED := $(VENV)/.installed
 INSTALLED_MM := $(VENV)/.installed-mm
+OPERATORS := op:aggregated_attention op:super_token_attention op:token_merging
 PIP_INSTALL := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .PHONY: help quickstart test test-core test-slow speed check
@@ -39,8 +40,7 @@ test-slow: $(INSTALLED) $(INSTALLED_MM)
 	$(VENV)/bin/python -m pytest -n 2 -m slow
 
 speed: $(INSTALLED)
-	$(VENV)/bin/effb bench op:aggregated_attention op:super_token_attention op:token_merging --vs ops=reference \
-		--mode inference train --batch 4 --at-least 1
+	$(VENV)/bin/effb bench $(OPERATORS) --vs ops=reference --mode inference train --batch 4 --at-least 1
 
 check: $(INSTALLED)
 	$(VENV)/bin/ruff check

@@ -18,6 +18,7 @@ from tiny_checkout import RECIPE, make_checkout, train_quickstart
 from effbackbones import __version__, doctor
 from effbackbones.assets import list_recipes
 from effbackbones.bench.operators import OPERATORS
+from effbackbones.bench.suite import REFERENCE, Suite
 from effbackbones.checkpoint import read_checkpoint
 from effbackbones.cli import COMMANDS, EXAMPLES, _parser, main
 from effbackbones.config import explain, load_recipe
@@ -113,7 +114,7 @@ def test_example_is_a_valid_command_line(argv: list[str], monkeypatch: pytest.Mo
     elif target:
         load_target(target, args.get("overrides", ()))
     for name in [*args.get("names", ()), *args.get("vs", ())]:
-        assert timm.is_model(name) or "=" in name
+        assert timm.is_model(name) or "=" in name or name.removeprefix("op:") in OPERATORS
     if args.get("model"):
         assert timm.is_model(args["model"])
         assert args["checkpoint"]
@@ -335,6 +336,39 @@ def test_predict_bad_image_after_a_good_one_prints_the_good_one(effb: Effb) -> N
 # bench
 
 QUICK = ("--size", "32", "--repeats", "1", "--warmup", "1", "--device", "cpu")
+
+
+def test_bench_fails_where_a_ratio_is_below_the_least(capsys: pytest.CaptureFixture[str]) -> None:
+    command = shlex.split("bench op:token_merging --vs ops=reference --size 32 --repeats 1 --warmup 1 --at-least")
+    assert main([*command, "1e-3"]) == 0
+    capsys.readouterr()
+    assert main([*command, "1e3"]) == 1
+    assert re.search(
+        r"^effb: op:token_merging inference: ratio [\d.]+ to ops=reference, expected at least 1000$",
+        capsys.readouterr().err,
+        re.MULTILINE,
+    )
+
+
+def test_bench_suite_writes_tables_and_a_picture_beside_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Suite, "run", lambda self, keys, effort: iter(keys))
+    command = ["bench", "suite", "--device", "cpu", "--out", str(tmp_path / "suite.json"), "--only", "_xxs train 224"]
+    assert main([*command, "--list"]) == 0
+    keys = capsys.readouterr().out.splitlines()
+    assert keys == [f"uniformer_xxs train 224 vs {other}" for other in (REFERENCE, "compile=yes", "dtype=bfloat16")]
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(Suite, "run", lambda self, keys, effort: iter(()))
+    monkeypatch.setattr(Suite, "missing", lambda self, only: [])
+    assert main(command) == 0
+    assert "## Growth with the area of the image" in (tmp_path / "suite.md").read_text()
+    assert (tmp_path / "suite.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_bench_suite_refuses_a_pattern_that_is_nowhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "suite", "--out", str(tmp_path / "suite.json"), "--only", "resnet"]) == 2
+    assert "effb bench: --only resnet: found in the name of no pair" in capsys.readouterr().err
 
 
 def test_bench_prints_a_row_for_each_case_and_writes_them(effb: Effb, tmp_path: Path) -> None:

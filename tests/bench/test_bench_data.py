@@ -102,7 +102,6 @@ def test_cost_of_dense_data_has_all_parts(task: str, tmp_path: Path) -> None:
 
     cost = measure_cost(open_data(dense_recipe(task, tmp_path / "run").recipe), 0.0)
     assert min(cost.read, cost.augment, cost.collate) > 0
-    assert cost.read > cost.collate
 
 
 class Loader:

@@ -215,8 +215,7 @@ def _check(case: Case) -> None:
         q = torch.zeros(1, 1, 64, 64, dtype=case.torch_dtype, device=case.device)
         if case.compile:
             raise BenchError(f"attention={case.attention}: under torch.compile attention is sdpa or plain")
-        bias = q if case.attention == "triton" else None
-        if reasons := why_not(case.attention, q, q, q, bias):
+        if reasons := why_not(case.attention, q, q, q, q if case.attention == "triton" else None):
             found = "; ".join(reasons)
             raise BenchError(f"attention={case.attention} cannot serve {case.dtype} on {case.device}: {found}")
 

@@ -1,6 +1,5 @@
 """The input pipeline alone: images per second of a recipe's loader, and what an image costs in it."""
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -12,11 +11,10 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from effbackbones.bench.report import cpu_count, cpu_name, environment, number
+from effbackbones.bench.report import cpu_count, cpu_name, environment, number, write_json
 from effbackbones.bench.timing import Spread, spread
 from effbackbones.config import LoadedRecipe
 from effbackbones.data import RecipeData
-from effbackbones.files import replacing
 
 MIN_WINDOWS = 3
 MIN_WINDOW = 0.1  # seconds
@@ -190,8 +188,7 @@ class DataReport:
 
     def write(self, path: Path) -> None:
         """Write the JSON document, whole or not at all."""
-        with replacing(path) as part:
-            part.write_text(json.dumps(self.document, indent=1) + "\n", encoding="utf-8")
+        write_json(path, self.document)
 
     def conclusion(self) -> str:
         """Return what the speeds support."""

@@ -68,9 +68,10 @@ class Report:
     def heading(self) -> str:
         """Return the lines above the rows: the machine, and the head of the table."""
         found = self.document["environment"]
-        hardware = found["gpu"] or f"{found['cpu']}, {found['threads']} threads"
         versions = f"torch {found['versions']['torch']}, effbackbones {found['versions']['effbackbones']}"
-        return f"{hardware}; {versions}\n{self._line(HEAD)}\n{self._line(['-' * width for width in self._widths])}"
+        return (
+            f"{hardware(found)}; {versions}\n{self._line(HEAD)}\n{self._line(['-' * width for width in self._widths])}"
+        )
 
     def add(self, results: Sequence[Result]) -> str:
         """Take the results of a group, and return their rows."""
@@ -83,8 +84,7 @@ class Report:
 
     def write(self, path: Path) -> None:
         """Write the JSON document, whole or not at all."""
-        with replacing(path) as part:
-            part.write_text(json.dumps(self.document, indent=1) + "\n", encoding="utf-8")
+        write_json(path, self.document)
 
     def _line(self, cells: Sequence[str]) -> str:
         padded = [
@@ -95,9 +95,13 @@ class Report:
 
 
 def _case_cells(case: Case, compared: bool) -> tuple[str, ...]:
-    height, width = case.size
-    size = str(height) if height == width else f"{height}x{width}"
-    return f"  vs {case.label}" if compared else case.label, case.mode, str(case.batch), size, case.dtype
+    return (
+        f"  vs {case.label}" if compared else case.label,
+        case.mode,
+        str(case.batch),
+        size_text(case.size),
+        case.dtype,
+    )
 
 
 def _result_cells(result: Result) -> list[str]:
@@ -112,6 +116,12 @@ def _result_cells(result: Result) -> list[str]:
     else:
         cells += ["", ""]
     return [*cells, "+".join(result.attention) or "-"]
+
+
+def size_text(size: tuple[int, int]) -> str:
+    """Return a size (height, width) as the command line takes it."""
+    height, width = size
+    return str(height) if height == width else f"{height}x{width}"
 
 
 def number(value: float) -> str:
@@ -161,6 +171,17 @@ def environment(device: str) -> dict[str, Any]:
         "versions": {**installed_versions(), "effbackbones": __version__, "torch": torch.__version__},
         "variables": {key: value for key, value in os.environ.items() if key.startswith("EFFBACKBONES_")},
     }
+
+
+def hardware(environment: dict[str, Any]) -> str:
+    """Return what of an environment computes."""
+    return environment["gpu"] or f"{environment['cpu']}, {environment['threads']} threads"
+
+
+def write_json(path: Path, document: dict[str, Any]) -> None:
+    """Write a document of plain types, whole or not at all."""
+    with replacing(path) as part:
+        part.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
 def cpu_count() -> int:

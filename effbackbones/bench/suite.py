@@ -21,10 +21,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from effbackbones.bench.cases import BenchError, Case, plan
 from effbackbones.bench.operators import OPERATORS, PREFIX, Example
-from effbackbones.bench.report import as_json, environment, number
+from effbackbones.bench.report import as_json, environment, number, size_text, write_json
 from effbackbones.bench.run import Effort, Result, measure, threads
 from effbackbones.bench.timing import seconds_per_call
-from effbackbones.files import replacing
 from effbackbones.layers import attention_backend
 from effbackbones.ops import ops_backend
 
@@ -96,12 +95,11 @@ def pairs(device: str | None) -> dict[str, tuple[Case, Case]]:
     found = {}
 
     def add(cell: Cell, *versus: str) -> None:
-        batch = _batch(cell, device)
         (case, *others), *_ = plan(
             [cell.name],
             versus,
             modes=[cell.mode],
-            batches=[batch],
+            batches=[_batch(cell, device)],
             sizes=[cell.size],
             dtypes=[dtype],
             device=device,
@@ -132,9 +130,7 @@ def _batch(cell: Cell, device: str) -> int:
 
 def title(cell: Cell) -> str:
     """Return a cell as a user reads it."""
-    height, width = cell.size
-    size = str(height) if height == width else f"{height}x{width}"
-    return f"{cell.name} {cell.mode} {size}" + (" dense" if cell.dense else "")
+    return f"{cell.name} {cell.mode} {size_text(cell.size)}" + (" dense" if cell.dense else "")
 
 
 # ---- measuring
@@ -206,8 +202,7 @@ class Suite:
                 {**as_json(result), "date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
                 for result in results
             ]
-            with replacing(self._path) as part:
-                part.write_text(json.dumps(self.document, indent=1) + "\n", encoding="utf-8")
+            write_json(self._path, self.document)
             yield f"{i + 1}/{len(keys)}  {key}:  {_outcome(results)}"
 
 
@@ -254,7 +249,6 @@ def machine(case: Case) -> dict[str, float]:
     source = torch.ones(bytes_, dtype=torch.uint8, device=case.device)
     copy = torch.empty_like(source)
     a = torch.randn(side, side, device=case.device).to(case.torch_dtype)
-
     product = torch.empty_like(a)
 
     def best(call: Callable[[], Any]) -> float:

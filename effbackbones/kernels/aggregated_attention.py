@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from effbackbones.kernels.softmax import absorb, slopes_of
+
 SPLITS = 32
 """Parts, at most, that the tokens are summed in for the gradients of the pooled map."""
 
@@ -40,10 +42,17 @@ def _cell(base, channels, columns, inside, length, n_channels):
 
 
 @triton.jit
-def _is_inside(x, dy, dx, n, height, width):
-    """Return whether the cells that many rows and columns from the tokens are inside the map."""
+def _neighbour(x, dy, dx, n, height, width):
+    """Return the cells that many rows and columns from the tokens, and whether they are inside the map."""
     row, col = x // width + dy, x % width + dx
-    return (x < n) & (row >= 0) & (row < height) & (col >= 0) & (col < width)
+    return x + dy * width + dx, (x < n) & (row >= 0) & (row < height) & (col >= 0) & (col < width)
+
+
+@triton.jit
+def _beside(unit, tokens_ptr, token_bias_ptr, head, o, c, d):
+    """Return the weights of the cells o outside the softmax."""
+    token = tl.load(tokens_ptr + (head * d + c) * 9 + o, c < d, 0.0)
+    return tl.sum(unit * token[None, :], 1) + tl.load(token_bias_ptr + head * 9 + o)
 
 
 @triton.jit
@@ -68,12 +77,11 @@ def _forward(
     total = tl.zeros((X,), tl.float32)
     y, outside_softmax = tl.zeros((X, D), tl.float32), tl.zeros((X, D), tl.float32)
     for o in tl.static_range(9):
-        inside = _is_inside(x, o // 3 - 1, o % 3 - 1, n, height, width)
-        cell = x + (o // 3 - 1) * width + o % 3 - 1
+        cell, inside = _neighbour(x, o // 3 - 1, o % 3 - 1, n, height, width)
         k, v = _cell(k_ptr + map_at, c, cell, inside, n, d), _cell(v_ptr + map_at, c, cell, inside, n, d)
         logits = tl.where(inside, tl.sum(q * k, 1) + tl.load(bias_ptr + head * 9 + o), float("-inf"))
-        token = tl.load(tokens_ptr + (head * d + c) * 9 + o, c < d, 0.0)
-        outside_softmax += (tl.sum(unit * token[None, :], 1) + tl.load(token_bias_ptr + head * 9 + o))[:, None] * v
+        more = _beside(unit, tokens_ptr, token_bias_ptr, head, o, c, d)
+        outside_softmax += more[:, None] * v
         higher = tl.maximum(top, logits)
         shrink, weights = tl.exp(top - higher), tl.exp(logits - higher)
         total = total * shrink + weights
@@ -85,11 +93,7 @@ def _forward(
         logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         logits += _pool_bias(pool_bias_ptr + head * s_head, x, z, p, n, width, p_width, s_row, s_col, s_y, s_x)
         logits = tl.where(z[None, :] < p, logits, float("-inf"))
-        higher = tl.maximum(top, tl.max(logits, 1))
-        shrink, weights = tl.exp(top - higher), tl.exp(logits - higher[:, None])
-        total = total * shrink + tl.sum(weights, 1)
-        y = y * shrink[:, None] + tl.dot(weights, v, input_precision=PRECISION)
-        top = higher
+        top, total, y = absorb(top, total, y, logits, v, PRECISION)
     _put(y_ptr + map_at, y / total[:, None] + outside_softmax, c, x, n, d)
     tl.store(lse_ptr + image_head * n + x, top + tl.log(total), x < n)
 
@@ -103,7 +107,7 @@ def _pool_slopes(
     logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     logits += _pool_bias(pool_bias_ptr, x, z, p, n, width, p_width, s_row, s_col, s_y, s_x)
     weights = tl.where((x[:, None] < n) & (z[None, :] < p), tl.exp(logits - lse[:, None]), 0.0)
-    return weights, weights * (tl.dot(grad, tl.trans(v), input_precision=PRECISION) - delta[:, None])
+    return weights, slopes_of(weights, v, grad, delta, PRECISION)
 
 
 @triton.jit
@@ -121,17 +125,15 @@ def _gradients_of_tokens(
     grad, lse = _tile(grad_ptr + map_at, c, x, n, d), tl.load(lse_ptr + image_head * n + x, x < n, 0.0)
     delta = tl.sum(grad * _tile(y_ptr + map_at, c, x, n, d), 1)
     for o in tl.static_range(9):  # what was added outside the softmax is no part of delta
-        inside = _is_inside(x, o // 3 - 1, o % 3 - 1, n, height, width)
-        v = _cell(v_ptr + map_at, c, x + (o // 3 - 1) * width + o % 3 - 1, inside, n, d)
-        token = tl.load(tokens_ptr + (head * d + c) * 9 + o, c < d, 0.0)
-        more = tl.sum(unit * token[None, :], 1) + tl.load(token_bias_ptr + head * 9 + o)
+        cell, inside = _neighbour(x, o // 3 - 1, o % 3 - 1, n, height, width)
+        v = _cell(v_ptr + map_at, c, cell, inside, n, d)
+        more = _beside(unit, tokens_ptr, token_bias_ptr, head, o, c, d)
         delta -= more * tl.sum(grad * v, 1)
     tl.store(delta_ptr + image_head * n + x, delta, x < n)
     dq, d_unit = tl.zeros((X, D), tl.float32), tl.zeros((X, D), tl.float32)
     part = tl.program_id(1) * tl.num_programs(0) + image_head
     for o in tl.static_range(9):
-        inside = _is_inside(x, o // 3 - 1, o % 3 - 1, n, height, width)
-        cell = x + (o // 3 - 1) * width + o % 3 - 1
+        cell, inside = _neighbour(x, o // 3 - 1, o % 3 - 1, n, height, width)
         k, v = _cell(k_ptr + map_at, c, cell, inside, n, d), _cell(v_ptr + map_at, c, cell, inside, n, d)
         logits = tl.sum(q * k, 1) + tl.load(bias_ptr + head * 9 + o)
         weights = tl.where(inside, tl.exp(logits - lse), 0.0)
@@ -166,21 +168,25 @@ def _gradients_of_cells(
     k, v = _tile(k_ptr + map_at, c, x, n, d), _tile(v_ptr + map_at, c, x, n, d)
     dk, dv = tl.zeros((X, D), tl.float32), tl.zeros((X, D), tl.float32)
     for o in tl.static_range(9):  # the token that has the cell at place o of its window
-        inside = _is_inside(x, 1 - o // 3, 1 - o % 3, n, height, width)
-        at = x - (o // 3 - 1) * width - (o % 3 - 1)
+        at, inside = _neighbour(x, 1 - o // 3, 1 - o % 3, n, height, width)
         q, unit = _cell(q_ptr + map_at, c, at, inside, n, d), _cell(unit_ptr + map_at, c, at, inside, n, d)
         grad = _cell(grad_ptr + map_at, c, at, inside, n, d)
-        lse, delta = (
-            tl.load(lse_ptr + image_head * n + at, inside, 0.0),
-            tl.load(delta_ptr + image_head * n + at, inside, 0.0),
-        )
+        lse = tl.load(lse_ptr + image_head * n + at, inside, 0.0)
+        delta = tl.load(delta_ptr + image_head * n + at, inside, 0.0)
         weights = tl.where(inside, tl.exp(tl.sum(q * k, 1) + tl.load(bias_ptr + head * 9 + o) - lse), 0.0)
         dk += (weights * (tl.sum(grad * v, 1) - delta))[:, None] * q
-        token = tl.load(tokens_ptr + (head * d + c) * 9 + o, c < d, 0.0)
-        more = tl.sum(unit * token[None, :], 1) + tl.load(token_bias_ptr + head * 9 + o)
+        more = _beside(unit, tokens_ptr, token_bias_ptr, head, o, c, d)
         dv += (weights + more)[:, None] * grad
     _put(dk_ptr + map_at, dk, c, x, n, d)
     _put(dv_ptr + map_at, dv, c, x, n, d)
+
+
+@triton.jit
+def _queries(q_ptr, grad_ptr, lse_ptr, delta_ptr, image_head, c, x, n, d):
+    """Load what the gradients of pooled tokens need of a tile of tokens."""
+    q, grad = _tile(q_ptr + image_head * d * n, c, x, n, d), _tile(grad_ptr + image_head * d * n, c, x, n, d)
+    lse = tl.load(lse_ptr + image_head * n + x, x < n, 0.0)
+    return q, grad, lse, tl.load(delta_ptr + image_head * n + x, x < n, 0.0)
 
 
 @triton.jit
@@ -190,15 +196,13 @@ def _gradients_of_pool(
     X: tl.constexpr, Z: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     image_head, split = tl.program_id(0).to(tl.int64), tl.program_id(2)
-    map_at, pool_at = image_head * d * n, image_head * d * p
+    pool_at = image_head * d * p
     z, c = tl.program_id(1) * Z + tl.arange(0, Z), tl.arange(0, D)
     k, v = _tile(k_pool_ptr + pool_at, c, z, p, d), _tile(v_pool_ptr + pool_at, c, z, p, d)
     dk, dv = tl.zeros((Z, D), tl.float32), tl.zeros((Z, D), tl.float32)
     for start in range(split * X, n, splits * X):
         x = start + tl.arange(0, X)
-        q, grad = _tile(q_ptr + map_at, c, x, n, d), _tile(grad_ptr + map_at, c, x, n, d)
-        lse = tl.load(lse_ptr + image_head * n + x, x < n, 0.0)
-        delta = tl.load(delta_ptr + image_head * n + x, x < n, 0.0)
+        q, grad, lse, delta = _queries(q_ptr, grad_ptr, lse_ptr, delta_ptr, image_head, c, x, n, d)
         weights, slopes = _pool_slopes(
             q, grad, k, v, lse, delta, pool_bias_ptr + (image_head % heads) * s_head, x, z, p, n, width, p_width,
             s_row, s_col, s_y, s_x, PRECISION,
@@ -225,11 +229,9 @@ def _gradient_of_pool_bias(
     total = tl.zeros((X, Z), tl.float32)
     for image in range(images):
         image_head = image * heads + head
-        map_at, pool_at = image_head * d * n, image_head * d * p
-        q, grad = _tile(q_ptr + map_at, c, x, n, d), _tile(grad_ptr + map_at, c, x, n, d)
+        pool_at = image_head * d * p
+        q, grad, lse, delta = _queries(q_ptr, grad_ptr, lse_ptr, delta_ptr, image_head, c, x, n, d)
         k, v = _tile(k_pool_ptr + pool_at, c, z, p, d), _tile(v_pool_ptr + pool_at, c, z, p, d)
-        lse = tl.load(lse_ptr + image_head * n + x, x < n, 0.0)
-        delta = tl.load(delta_ptr + image_head * n + x, x < n, 0.0)
         _, slopes = _pool_slopes(
             q, grad, k, v, lse, delta, pool_bias_ptr + head * s_head, x, z, p, n, width, p_width, s_row, s_col, s_y,
             s_x, PRECISION,

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from effbackbones.kernels.softmax import absorb, slopes_of
+
 SPLITS = 64
 """Parts, at most, that the windows are summed in."""
 
@@ -22,6 +24,13 @@ def _tile(base, rows, columns, row_stride, n_rows, n_columns):
     """Load a tile (rows, columns) of a matrix whose columns lie side by side; zeros beyond it."""
     inside = (rows[:, None] < n_rows) & (columns[None, :] < n_columns)
     return tl.load(base + rows[:, None] * row_stride + columns[None, :], inside, 0.0)
+
+
+@triton.jit
+def _two(a_ptr, b_ptr, window_head, rows, n_rows, d, d_v, D: tl.constexpr, D_V: tl.constexpr):
+    """Load the same rows of two tensors of a window and head, one of d channels and one of d_v: q and grad, k and v."""
+    a = _tile(a_ptr + window_head * n_rows * d, rows, tl.arange(0, D), d, n_rows, d)
+    return a, _tile(b_ptr + window_head * n_rows * d_v, rows, tl.arange(0, D_V), d_v, n_rows, d_v)
 
 
 @triton.jit
@@ -46,15 +55,9 @@ def _forward(
     y = tl.zeros((N, D_V), tl.float32)
     for start in range(0, m, M):
         j = start + tl.arange(0, M)
-        k = _tile(k_ptr + window_head * m * d, j, c, d, m, d)
-        v = _tile(v_ptr + window_head * m * d_v, j, c_v, d_v, m, d_v)
+        k, v = _two(k_ptr, v_ptr, window_head, j, m, d, d_v, D, D_V)
         scores = _scores(q, k, bias, i, j, n, m, scale, PRECISION)
-        higher = tl.maximum(top, tl.max(scores, 1))
-        shrink = tl.exp(top - higher)
-        weights = tl.exp(scores - higher[:, None])
-        total = total * shrink + tl.sum(weights, 1)
-        y = y * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
-        top = higher
+        top, total, y = absorb(top, total, y, scores, v, PRECISION)
     inside = (i[:, None] < n) & (c_v[None, :] < d_v)
     tl.store(y_ptr + window_head * n * d_v + i[:, None] * d_v + c_v[None, :], y / total[:, None], inside)
     tl.store(lse_ptr + window_head * n + i, top + tl.log(total), i < n)
@@ -67,7 +70,7 @@ def _weights_and_slopes(
     """Return a tile of the weights and of the gradients of the scores, zeros beyond them."""
     scores = _scores(q, k, bias, i, j, n, m, scale, PRECISION)
     weights = tl.where(i[:, None] < n, tl.exp(scores - lse[:, None]), 0.0)
-    return weights, weights * (tl.dot(grad, tl.trans(v), input_precision=PRECISION) - delta[:, None])
+    return weights, slopes_of(weights, v, grad, delta, PRECISION)
 
 
 @triton.jit
@@ -77,8 +80,7 @@ def _gradient_of_queries(
 ):  # fmt: skip
     window_head = tl.program_id(0).to(tl.int64)
     i, c, c_v = tl.program_id(1) * N + tl.arange(0, N), tl.arange(0, D), tl.arange(0, D_V)
-    q = _tile(q_ptr + window_head * n * d, i, c, d, n, d)
-    grad = _tile(grad_ptr + window_head * n * d_v, i, c_v, d_v, n, d_v)
+    q, grad = _two(q_ptr, grad_ptr, window_head, i, n, d, d_v, D, D_V)
     y = _tile(y_ptr + window_head * n * d_v, i, c_v, d_v, n, d_v)
     delta = tl.sum(grad.to(tl.float32) * y.to(tl.float32), 1)
     tl.store(delta_ptr + window_head * n + i, delta, i < n)
@@ -87,8 +89,7 @@ def _gradient_of_queries(
     dq = tl.zeros((N, D), tl.float32)
     for start in range(0, m, M):
         j = start + tl.arange(0, M)
-        k = _tile(k_ptr + window_head * m * d, j, c, d, m, d)
-        v = _tile(v_ptr + window_head * m * d_v, j, c_v, d_v, m, d_v)
+        k, v = _two(k_ptr, v_ptr, window_head, j, m, d, d_v, D, D_V)
         _, slopes = _weights_and_slopes(q, k, v, grad, bias, lse, delta, i, j, n, m, scale, PRECISION)
         dq += tl.dot(slopes.to(k.dtype), k, input_precision=PRECISION)
     inside = (i[:, None] < n) & (c[None, :] < d)
@@ -102,14 +103,12 @@ def _gradients_of_keys(
 ):  # fmt: skip
     window_head = tl.program_id(0).to(tl.int64)
     j, c, c_v = tl.program_id(1) * M + tl.arange(0, M), tl.arange(0, D), tl.arange(0, D_V)
-    k = _tile(k_ptr + window_head * m * d, j, c, d, m, d)
-    v = _tile(v_ptr + window_head * m * d_v, j, c_v, d_v, m, d_v)
+    k, v = _two(k_ptr, v_ptr, window_head, j, m, d, d_v, D, D_V)
     bias = bias_ptr + (window_head % heads) * n * m
     dk, dv = tl.zeros((M, D), tl.float32), tl.zeros((M, D_V), tl.float32)
     for start in range(0, n, N):
         i = start + tl.arange(0, N)
-        q = _tile(q_ptr + window_head * n * d, i, c, d, n, d)
-        grad = _tile(grad_ptr + window_head * n * d_v, i, c_v, d_v, n, d_v)
+        q, grad = _two(q_ptr, grad_ptr, window_head, i, n, d, d_v, D, D_V)
         lse = tl.load(lse_ptr + window_head * n + i, i < n, 0.0)
         delta = tl.load(delta_ptr + window_head * n + i, i < n, 0.0)
         weights, slopes = _weights_and_slopes(q, k, v, grad, bias, lse, delta, i, j, n, m, scale, PRECISION)
@@ -130,14 +129,11 @@ def _gradient_of_bias(
 ):  # fmt: skip
     head, split = tl.program_id(0) % heads, tl.program_id(0) // heads
     i, j = tl.program_id(1) * N + tl.arange(0, N), tl.program_id(2) * M + tl.arange(0, M)
-    c, c_v = tl.arange(0, D), tl.arange(0, D_V)
     total = tl.zeros((N, M), tl.float32)
     for window in range(split, windows, splits):
         window_head = (window * heads + head).to(tl.int64)
-        q = _tile(q_ptr + window_head * n * d, i, c, d, n, d)
-        k = _tile(k_ptr + window_head * m * d, j, c, d, m, d)
-        v = _tile(v_ptr + window_head * m * d_v, j, c_v, d_v, m, d_v)
-        grad = _tile(grad_ptr + window_head * n * d_v, i, c_v, d_v, n, d_v)
+        q, grad = _two(q_ptr, grad_ptr, window_head, i, n, d, d_v, D, D_V)
+        k, v = _two(k_ptr, v_ptr, window_head, j, m, d, d_v, D, D_V)
         lse = tl.load(lse_ptr + window_head * n + i, i < n, 0.0)
         delta = tl.load(delta_ptr + window_head * n + i, i < n, 0.0)
         bias = bias_ptr + head * n * m

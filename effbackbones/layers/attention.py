@@ -109,10 +109,7 @@ def _pick(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout_p: float
             return "plain"
         host = _host(q.device)
         return "sdpa" if host.problems or why_not("xformers", q, k, v, bias, host) else "xformers"
-    reasons = why_not(_choice, q, k, v, bias)
-    if _choice == "triton" and dropout_p:
-        reasons.append(f"dropout {dropout_p}: triton has none")
-    if reasons:
+    if reasons := why_not(_choice, q, k, v, bias, dropout_p=dropout_p):
         raise RuntimeError(
             f"attention backend {_choice!r} is forced but cannot serve q {tuple(q.shape)}, k {tuple(k.shape)}, "
             f"v {tuple(v.shape)}: {'; '.join(reasons)}. Choose auto or sdpa through {_ENV} or attention_backend()."
@@ -128,15 +125,22 @@ class Host(NamedTuple):
 
 
 def why_not(
-    backend: str, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, host: Host | None = None
+    backend: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None = None,
+    host: Host | None = None,
+    dropout_p: float = 0.0,
 ) -> list[str]:
     """Return every reason why a backend cannot serve an eager call of `attend`; empty where it can.
 
     Only shapes and dtypes are read (autocast counted in): strides and the alignment of the bias are no reason, since
-    `attend` copies what xformers would refuse. host: what another device offers; that of q where None.
+    `attend` copies what xformers would refuse. host: what another device offers; that of q where None. dropout_p: the
+    call's dropout.
     """
     if backend == "triton":
-        return _why_not_triton(q, k, v, bias)
+        return _why_not_triton(q, k, v, bias, dropout_p)
     if backend != "xformers":
         return []
     host = host or _host(q.device)
@@ -165,13 +169,15 @@ def why_not(
     return reasons
 
 
-def _why_not_triton(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> list[str]:
+def _why_not_triton(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout_p: float) -> list[str]:
     reasons = []
     dtypes = {_autocast_dtype(x) for x in (q, k, v)}
     if not any(dtypes == {dtype} for dtype in (torch.float32, torch.float16, torch.bfloat16)):
         reasons.append("triton serves q, k and v of one dtype: float32, float16 or bfloat16")
     if bias is None or (bias.dim() == 4 and bias.shape[0] > 1):
         reasons.append("triton serves a bias that the batch shares")
+    if dropout_p:
+        reasons.append(f"dropout {dropout_p}: triton has none")
     if max(q.shape[-1], v.shape[-1]) > 256:
         reasons.append(f"head dims {q.shape[-1]} (q, k) and {v.shape[-1]} (v): triton serves up to 256")
     if 0 in q.shape or 0 in v.shape:

@@ -114,8 +114,7 @@ class LogPositionBias(Cached):
         """Return the bias (heads, N, P), keys from the first to the last: pair by pair, then resized."""
         trained, trained_pool = self.trained or (grid, pool)
         offsets, index = _unique_offsets(trained, trained_pool, self.fc1.weight.device)
-        scaled = offsets / self.unit * 8
-        offsets = (scaled.sign() * (scaled.abs() + 1).log2() / 3).to(self.fc1.weight.dtype)
+        offsets = _logarithms(offsets, self.unit).to(self.fc1.weight.dtype)
         bias = self.fc2(self.fc1(offsets).relu())[index].T.unflatten(1, (math.prod(trained), math.prod(trained_pool)))
         if (trained, trained_pool) == (grid, pool):
             return bias
@@ -194,6 +193,10 @@ def _log_offsets(n: int, m: int, unit: int, device: torch.device) -> Tensor:
     """Return the logarithms of the offsets of n queries to m keys; in float32, as the release computes them."""
     halves = _halves(n, m)
     offsets = torch.arange(halves.start, halves.stop, halves.step, device=device, dtype=torch.float32) / 2
+    return _logarithms(offsets, unit)
+
+
+def _logarithms(offsets: Tensor, unit: int) -> Tensor:
     scaled = offsets / unit * 8
     return scaled.sign() * (scaled.abs() + 1).log2() / 3
 

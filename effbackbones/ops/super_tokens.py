@@ -74,27 +74,28 @@ def _map(y_gnc: Tensor, cell: int, grid: Grid, x_bhwc: Tensor) -> Tensor:
 
 def _sample(x_gnc: Tensor, grid: Grid, n_iter: int) -> tuple[Tensor, Tensor]:
     """Return the super tokens (B, h, w, C), and the association (B h w, 9, N), a constant to the gradient."""
-    if _has_kernels(x_gnc):
-        return _sample_by_kernels(x_gnc, grid, n_iter)
-    fixed_gnc = x_gnc.detach()
-    s_bhwc = fixed_gnc.mean(1).reshape(-1, *grid, fixed_gnc.shape[-1])
-    q_gkn, share_gkn = _associate(s_bhwc, fixed_gnc)
-    for _ in range(n_iter - 1):
-        q_gkn, share_gkn = _associate(_collect(share_gkn @ fixed_gnc, grid), fixed_gnc)
-    return _collect(share_gkn @ x_gnc, grid), q_gkn
-
-
-def _sample_by_kernels(x_gnc: Tensor, grid: Grid, n_iter: int) -> tuple[Tensor, Tensor]:
-    """Compute `_sample` by Triton kernels, which give sums in float32: these are divided, not the weights."""
-    from effbackbones.kernels.super_tokens import associate, gather
-
+    update = _update_by_kernels if _has_kernels(x_gnc) else _update
     fixed_gnc = x_gnc.detach()
     s_bhwc = fixed_gnc.mean(1).reshape(-1, *grid, fixed_gnc.shape[-1])
     for i in range(n_iter):
-        q_gkn, total_gk = associate(s_bhwc, fixed_gnc)
-        total_bhw1 = _collect(total_gk.unsqueeze(-1), grid) + 1e-12
-        s_bhwc = (gather(q_gkn, x_gnc if i == n_iter - 1 else fixed_gnc, *grid) / total_bhw1).to(x_gnc.dtype)
+        s_bhwc, q_gkn = update(s_bhwc, fixed_gnc, x_gnc if i == n_iter - 1 else fixed_gnc)
     return s_bhwc, q_gkn
+
+
+def _update(s_bhwc: Tensor, fixed_gnc: Tensor, x_gnc: Tensor) -> tuple[Tensor, Tensor]:
+    """Associate pixels with super tokens; return the means of `x_gnc` by that, and the association."""
+    q_gkn, share_gkn = _associate(s_bhwc, fixed_gnc)
+    return _collect(share_gkn @ x_gnc, (s_bhwc.shape[1], s_bhwc.shape[2])), q_gkn
+
+
+def _update_by_kernels(s_bhwc: Tensor, fixed_gnc: Tensor, x_gnc: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute `_update` by Triton kernels, which give sums in float32: these are divided, not the weights."""
+    from effbackbones.kernels.super_tokens import associate, gather
+
+    grid = (s_bhwc.shape[1], s_bhwc.shape[2])
+    q_gkn, total_gk = associate(s_bhwc, fixed_gnc)
+    total_bhw1 = _collect(total_gk.unsqueeze(-1), grid) + 1e-12
+    return (gather(q_gkn, x_gnc, *grid) / total_bhw1).to(x_gnc.dtype), q_gkn
 
 
 def _spread(q_gkn: Tensor, s_bhwc: Tensor) -> Tensor:

@@ -75,12 +75,17 @@ def plot_curves(metrics_csv: Path, out: Path) -> None:
     for draw, axes in zip(drawn, figure.subplots(1, len(drawn), squeeze=False)[0], strict=True):
         axes.set_xlabel("epoch" if per_epoch else "optimizer step")
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
-        axes.grid(color="#e4e4e4", linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
+        clear_ground(axes)
         draw(axes, curve)
         axes.set_xlim(left=0)
     save_figure(figure, out)
+
+
+def clear_ground(axes: Axes) -> None:
+    """Leave of a panel's frame the two axes, over a pale grid."""
+    axes.grid(color="#e4e4e4", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def save_figure(figure: Figure, out: Path) -> None:

@@ -8,10 +8,10 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from effbackbones.bench.report import hardware
 from effbackbones.bench.suite import CLASSIFIER, MODELS, REFERENCE, Cell, Entry, by_cell
-from effbackbones.files import replacing
 from effbackbones.models._zoo import ZOO
-from effbackbones.viz.curves import INK
+from effbackbones.viz.curves import INK, clear_ground, save_figure
 
 
 def plot_suite(document: dict[str, Any], out: Path) -> None:
@@ -28,17 +28,13 @@ def plot_suite(document: dict[str, Any], out: Path) -> None:
     }
     figure = Figure(figsize=(11, 4.6), dpi=150, layout="constrained")
     environment = document["environment"]
-    hardware = environment["gpu"] or f"{environment['cpu']}, {environment['threads']} threads"
-    figure.suptitle(f"{hardware}; torch {environment['versions']['torch']}", fontsize=10, color=INK)
+    figure.suptitle(f"{hardware(environment)}; torch {environment['versions']['torch']}", fontsize=10, color=INK)
     speed, memory = figure.subplots(1, 2)
     _draw_speed(speed, cells, colors)
     _draw_memory(memory, cells, colors)
     for axes in (speed, memory):
-        axes.grid(color="#e4e4e4", linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-    with replacing(out) as part:
-        figure.savefig(part, format=out.suffix.removeprefix(".") or "png")
+        clear_ground(axes)
+    save_figure(figure, out)
 
 
 def _draw_speed(axes: Axes, cells: dict[Cell, tuple[Entry, Entry]], colors: dict[str, Any]) -> None:

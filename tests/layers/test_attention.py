@@ -113,7 +113,7 @@ def backend(request, monkeypatch) -> Iterator[str]:
     """Force each backend in turn; the fake xformers serves float64 too, so that it can be compared closely."""
     if request.param == "xformers":
         request.getfixturevalue("fake_xformers")
-        monkeypatch.setattr(attention, "why_not", lambda *args: [])
+        monkeypatch.setattr(attention, "why_not", lambda *args, **kwargs: [])
     with attention_backend(request.param):
         yield request.param
 

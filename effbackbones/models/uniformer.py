@@ -32,6 +32,7 @@ from effbackbones.layers import (
     pad_to_windows,
     scaled,
     split_windows,
+    use_reference,
 )
 from effbackbones.models._hierarchical import HierarchicalBackbone, Stage, backbone_cfg, create_backbone, init_linear
 
@@ -45,7 +46,12 @@ class PatchEmbed(nn.Module):
         self.norm = LayerNorm2d(dim, eps=1e-5)
 
     def forward(self, x_bchw: Tensor) -> Tensor:
-        return self.norm(self.proj(x_bchw))
+        return laid_out(self.norm(self.proj(x_bchw)))
+
+
+def laid_out(x_bchw: Tensor) -> Tensor:
+    """Return a map as the blocks take it: with the channels last in memory; first, as in the release, for reference."""
+    return x_bchw.contiguous(memory_format=torch.contiguous_format if use_reference() else torch.channels_last)
 
 
 class ConvStem(nn.Module):
@@ -60,7 +66,7 @@ class ConvStem(nn.Module):
         self.norm2 = nn.BatchNorm2d(dim)
 
     def forward(self, x_bchw: Tensor) -> Tensor:
-        x_bchw = self.act(self.norm1(self.conv1(x_bchw)))
+        x_bchw = self.act(self.norm1(self.conv1(laid_out(x_bchw))))
         return self.norm2(self.conv2(x_bchw))
 
     def fold(self) -> None:
@@ -158,7 +164,7 @@ class AttentionBlock(nn.Module):
         y = self.attn(y.flatten(1, 2)).reshape(y.shape) if self.window is None else self._windowed(y, self.window)
         x = x + self.drop_path(scaled(y, self.gamma1))
         x = x + self.drop_path(scaled(self.mlp(self.norm2(x)), self.gamma2))
-        return x.permute(0, 3, 1, 2)
+        return laid_out(x.permute(0, 3, 1, 2))
 
     def fold(self) -> None:
         fold_scales(self, self.attn.proj, self.mlp.fc2)
@@ -194,6 +200,8 @@ class PruningBlock(AttentionBlock):
             t = t + self.drop_path(update)
             t = t + self.drop_path(self.mlp(self.norm2(t)))
             x_bnc = t[:, 1:]
+        elif use_reference():
+            x_bnc, t, score_bn = self._reference(x_bnc, cls_b1c, score_bn)
         else:
             n = x_bnc.shape[1]
             kept_bk = score_bn.topk(n // 2, dim=1, sorted=False).indices
@@ -213,7 +221,27 @@ class PruningBlock(AttentionBlock):
             # The rest keeps its score, except where it is a single token: the reference updates that one too.
             seen_bn = row_bk[:, -1:].expand(-1, n) if n - n // 2 == 1 else score_bn
             score_bn = 0.5 * score_bn + 0.5 * seen_bn.scatter(1, kept_bk, row_bk[:, :-1])
-        return x_bnc.transpose(1, 2).reshape(x_bchw.shape), t[:, :1], score_bn
+        return laid_out(x_bnc.transpose(1, 2).reshape(x_bchw.shape)), t[:, :1], score_bn
+
+    def _reference(self, x_bnc: Tensor, cls_b1c: Tensor, score_bn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return tokens, those that attention saw, and scores as the release does: all are sorted, and sorted back."""
+        n, k = x_bnc.shape[1], x_bnc.shape[1] // 2
+        order_bn = score_bn.argsort(dim=1, descending=True, stable=True)
+        x_bnc = x_bnc.gather(1, order_bn.unsqueeze(-1).expand_as(x_bnc))
+        score_bn = score_bn.gather(1, order_bn)
+        rest_b1c = (shares(score_bn[:, k:]).to(x_bnc.dtype).unsqueeze(-1) * x_bnc[:, k:]).sum(1, keepdim=True)
+        t = torch.cat([cls_b1c, x_bnc[:, :k], rest_b1c], 1)
+        update, row_bk = self.attn.with_class_row(self.norm1(t))
+        shared_b1c = update[:, -1:]
+        t = t + self.drop_path(update)
+        update = self.mlp(self.norm2(t))
+        shared_b1c = shared_b1c + update[:, -1:]
+        t = t + self.drop_path(update)
+        x_bnc = torch.cat([t[:, 1:-1], x_bnc[:, k:] + shared_b1c], 1)
+        seen = n if n - k == 1 else k
+        score_bn = torch.cat([0.5 * score_bn[:, :seen] + 0.5 * row_bk[:, :seen], score_bn[:, seen:]], 1)
+        raster_bn = order_bn.argsort(1)
+        return x_bnc.gather(1, raster_bn.unsqueeze(-1).expand_as(x_bnc)), t, score_bn.gather(1, raster_bn)
 
 
 class PruningStage(Stage):

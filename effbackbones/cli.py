@@ -204,7 +204,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="OTHER",
         help="what each is compared with: another NAME, or settings, joined by commas, of the same one: attention="
         "plain (or auto, sdpa, triton, xformers), ops=reference (auto, torch), dtype=bfloat16 (float16, float32), "
-        "compile=yes (no), channels_last=yes (no), fused=yes (no); or a NAME with settings: resnet50,dtype=bfloat16",
+        "compile=yes (no), channels_last=yes (no), fused=yes (no), onnx=yes (no); or a NAME with settings: "
+        "resnet50,dtype=bfloat16",
     )
     bench.add_argument(
         "--mode",

@@ -113,6 +113,12 @@ class _Maps(nn.Module):
         return tuple(self.model.forward_intermediates(x, intermediates_only=True))
 
 
+def missing_packages(form: str) -> str:
+    """Return what a form of export, `torch` or `onnx`, lacks, and how to install it; empty where nothing is missing."""
+    missing = [name for name in _PACKAGES[form] if importlib.util.find_spec(name) is None]
+    return f"{', '.join(missing)} not installed: pip install 'effbackbones[export]'" if missing else ""
+
+
 @torch.no_grad()
 def export(source: Deployable, form: str, path: Path, fuse: bool = True) -> float:
     """Write a model as one file, and return how far its outputs are from those of eager execution.
@@ -132,9 +138,8 @@ def export(source: Deployable, form: str, path: Path, fuse: bool = True) -> floa
         ExportError: A package is missing, the model is not traced, or the outputs differ by more than `TOLERANCE`
             (only where the model is a continuous function, which one that ranks tokens is not).
     """
-    missing = [name for name in _PACKAGES[form] if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ExportError(f"{', '.join(missing)} not installed: pip install 'effbackbones[export]'")
+    if missing := missing_packages(form):
+        raise ExportError(missing)
     model, names = source.model, ["logits"]
     expected = {batch: _outputs(model, _images(batch, source.size)) for batch in (1, 3)}
     if fuse:
@@ -175,14 +180,22 @@ def _write_program(program: Any, names: Sequence[str], notes: dict[str, Any], pa
 
 
 def _write_onnx(program: Any, names: Sequence[str], notes: dict[str, Any], path: Path) -> Run:
-    import onnxruntime
-
     written: Any = torch.onnx.export(
         program, dynamo=True, verbose=False, input_names=["images"], output_names=list(names)
     )
     written.model.metadata_props.update({key: json.dumps(value) for key, value in notes.items()})
     written.save(str(path))
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return open_onnx(path)
+
+
+def open_onnx(path: Path) -> Run:
+    """Return the model of an ONNX file as a function of images; it runs on the CPU, on as many threads as torch."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # else its threads go on taking time after it
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     return lambda x_bchw: [torch.from_numpy(y) for y in session.run(None, {"images": x_bchw.numpy()})]
 
 

@@ -1,11 +1,15 @@
-"""Write the zoo table of the README anew from the table of published figures."""
+"""Write the README's tables anew: the zoo from the published figures, the speed from the suite's file."""
 
+import json
 from pathlib import Path
 
+from effbackbones.bench.report import hardware
+from effbackbones.bench.suite import table
 from effbackbones.models._zoo import ZOO, Published
 
-README = Path(__file__).resolve().parents[1] / "README.md"
-BEGIN, END = "<!-- zoo: begin -->", "<!-- zoo: end -->"
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+SUITE = ROOT / "tools" / "benchmarks" / "cpu.json"
 
 
 def zoo_table() -> str:
@@ -15,11 +19,21 @@ def zoo_table() -> str:
     return "\n".join(lines + [_line(row) for row in ZOO])
 
 
-def with_zoo(readme: str) -> str:
-    """Return the text of a README with the table between its two marks replaced."""
-    before, rest = readme.split(BEGIN)
-    after = rest.split(END)[1]
-    return f"{before}{BEGIN}\n{zoo_table()}\n{END}{after}"
+def speed_table() -> str:
+    """Return the suite's results as a Markdown table, below what they were measured on."""
+    document = json.loads(SUITE.read_text(encoding="utf-8"))
+    environment = document["environment"]
+    versions = f"torch {environment['versions']['torch']}, Python {environment['python']}"
+    return f"{hardware(environment)}; {versions}.\n\n{table(document)}"
+
+
+def with_tables(readme: str) -> str:
+    """Return the text of a README with the tables between their marks replaced."""
+    for name, text in (("zoo", zoo_table()), ("speed", speed_table())):
+        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+        before, rest = readme.split(begin)
+        readme = f"{before}{begin}\n{text}\n{end}{rest.split(end)[1]}"
+    return readme
 
 
 def _line(row: Published) -> str:
@@ -29,4 +43,4 @@ def _line(row: Published) -> str:
 
 
 if __name__ == "__main__":
-    README.write_text(with_zoo(README.read_text(encoding="utf-8")), encoding="utf-8")
+    README.write_text(with_tables(README.read_text(encoding="utf-8")), encoding="utf-8")

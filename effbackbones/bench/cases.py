@@ -36,6 +36,7 @@ class Case:
         channels_last: Whether weights and images are stored channels last.
         compile: Whether it goes through torch.compile.
         fused: Whether the model is fused for inference.
+        onnx: Whether onnxruntime runs it, on the CPU and as many threads as torch.
         dense: Whether the model is the backbone of a dense task: feature maps out, no classifier.
         attention: Attention backend to force; None leaves it as the process has it.
         ops: Path of the operators to force; None leaves it as the process has it.
@@ -54,6 +55,7 @@ class Case:
     attention: str | None = None
     ops: str | None = None
     fused: bool = False
+    onnx: bool = False
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -184,6 +186,7 @@ _SETTINGS = {
     "dtype": _dtype,
     "compile": _yes_or_no,
     "fused": _yes_or_no,
+    "onnx": _yes_or_no,
     "channels_last": _yes_or_no,
 }
 
@@ -209,6 +212,8 @@ def _check(case: Case) -> None:
         raise BenchError(f"{case.name} is no model of effbackbones: there is nothing to fuse")
     if case.fused and case.mode == "train":
         raise BenchError("fused=yes is for inference alone: leave out --mode train")
+    if case.onnx:
+        _check_onnx(case)
     if problem := _dtype_problem(case.device, case.torch_dtype):
         raise BenchError(f"dtype {case.dtype} does not work on {case.device}: {problem}")
     if case.attention in ("xformers", "triton"):
@@ -218,6 +223,17 @@ def _check(case: Case) -> None:
         if reasons := why_not(case.attention, q, q, q, q if case.attention == "triton" else None):
             found = "; ".join(reasons)
             raise BenchError(f"attention={case.attention} cannot serve {case.dtype} on {case.device}: {found}")
+
+
+def _check_onnx(case: Case) -> None:
+    from effbackbones.export import missing_packages  # with all of training: for those who ask
+
+    if case.is_operator or not is_ours(case.name):
+        raise BenchError(f"{case.name} is no model of effbackbones: onnx=yes exports those alone")
+    if (case.mode, case.dtype, case.device, case.compile) != ("inference", "float32", "cpu", False):
+        raise BenchError("onnx=yes is for inference in float32 on the CPU, not compiled")
+    if missing := missing_packages("onnx"):
+        raise BenchError(f"onnx=yes: {missing}")
 
 
 def _dtype_problem(device: str, dtype: torch.dtype) -> str:

@@ -109,7 +109,7 @@ def _result_cells(result: Result) -> list[str]:
         return [f"failed: {result.error}"]
     ms = [1e3 * seconds for seconds in result.time]
     cells = [number(ms[0]), f"{number(ms[1])}-{number(ms[2])}", number(result.images_per_second)]
-    cells.append(f"{result.peak_bytes / 2**20:.1f}")
+    cells.append(mebibytes(result.peak_bytes))
     if result.ratios:
         median, lower, upper = map(number, result.ratio)
         cells += [median, f"{lower}-{upper}"]
@@ -122,6 +122,11 @@ def size_text(size: tuple[int, int]) -> str:
     """Return a size (height, width) as the command line takes it."""
     height, width = size
     return str(height) if height == width else f"{height}x{width}"
+
+
+def mebibytes(count: int | None) -> str:
+    """Return a number of bytes in MiB, `-` for what is not known."""
+    return "-" if count is None else f"{count / 2**20:.1f}"
 
 
 def number(value: float) -> str:

@@ -3,6 +3,8 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import timm
@@ -47,6 +49,8 @@ def _model(case: Case) -> Subject:
         (model.model if case.dense else model).fuse()
     images_bchw = torch.randn(case.batch, 3, *case.size).to(device=case.device, memory_format=layout)
     forward: Any = torch.compile(model, dynamic=False) if case.compile else model
+    if case.onnx:
+        forward = _in_onnxruntime(case, model.model if case.dense else model)
     autocast = partial(torch.autocast, case.device, case.torch_dtype, enabled=case.dtype != "float32")
 
     def infer() -> None:
@@ -68,6 +72,15 @@ def _model(case: Case) -> Subject:
         sum(parameter.numel() for parameter in model.parameters()),
         sum(weight.nbytes for weight in weights),
     )
+
+
+def _in_onnxruntime(case: Case, model: Any) -> Any:
+    from effbackbones.export import Deployable, export, open_onnx  # with all of training: for those who ask
+
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        export(Deployable(model, case.size, {"model": case.name}), "onnx", path, fuse=False)
+        return open_onnx(path)
 
 
 def create(case: Case) -> Any:

@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from effbackbones.bench.cases import BenchError, Case, plan
 from effbackbones.bench.operators import OPERATORS, PREFIX, Example
-from effbackbones.bench.report import as_json, environment, number, size_text, write_json
+from effbackbones.bench.report import as_json, environment, mebibytes, number, size_text, write_json
 from effbackbones.bench.run import Effort, Result, measure, threads
 from effbackbones.bench.timing import seconds_per_call
 from effbackbones.layers import attention_backend
@@ -111,7 +111,8 @@ def pairs(device: str | None) -> dict[str, tuple[Case, Case]]:
         for name in names:
             for size, dense in ((CLASSIFIER, False), *((size, True) for size in DENSE)):
                 common = (REFERENCE, "compile=yes", f"dtype={other}")
-                add(Cell(name, "inference", size, dense), *common, "fused=yes")
+                served = ("fused=yes", "onnx=yes,fused=yes") if device == "cpu" else ("fused=yes",)
+                add(Cell(name, "inference", size, dense), *common, *served)
                 add(Cell(name, "train", size, dense), *common)
     for target in TARGETS:
         add(target.cell, target.versus)
@@ -235,7 +236,7 @@ def _outcome(results: Sequence[Result]) -> str:
         if result.error:
             return f"failed: {result.error}"
     ratio = results[1].ratio.median
-    peaks = [f"{result.peak_bytes / 2**20:.1f}" for result in results]
+    peaks = [mebibytes(result.peak_bytes) for result in results]
     ms = [number(1e3 * result.time.median) for result in results]
     return f"{ms[0]} and {ms[1]} ms, ratio {number(ratio)}; {peaks[0]} and {peaks[1]} MiB"
 
@@ -265,8 +266,20 @@ def machine(case: Case) -> dict[str, float]:
 
 def table(document: dict[str, Any]) -> str:
     """Return the results as a Markdown table, a row for each cell of a model."""
-    head = ("Model", "Mode", "Size", "Batch", "ms", "Reference", "Compiled", "Other precision", "Fused", "Peak MiB")
-    lines = ["| " + " | ".join((*head, "Of reference")) + " |", "|---|---|---" + "|--:" * 8 + "|"]
+    head = (
+        "Model",
+        "Mode",
+        "Size",
+        "Batch",
+        "ms",
+        "Reference",
+        "Compiled",
+        "Other precision",
+        "Fused",
+        "ONNX",
+        "Peak MiB",
+    )
+    lines = ["| " + " | ".join((*head, "Of reference")) + " |", "|---|---|---" + "|--:" * 9 + "|"]
     for cell, versus in by_cell(document).items():
         if cell.name.startswith(PREFIX):
             continue
@@ -278,6 +291,7 @@ def table(document: dict[str, Any]) -> str:
         cells += [number((pair[0] if pair else case)["ms"]["median"]), _times(pair)]
         other = next((pair for label, pair in versus.items() if label.startswith("dtype=")), None)
         cells += [_times(versus.get("compile=yes"), True), _times(other, True), _times(versus.get("fused=yes"), True)]
+        cells += [_times(versus.get("onnx=yes,fused=yes"), True)]
         cells += [f"{case['peak_bytes'] / 2**20:.0f}"]
         cells += [f"{100 * pair[0]['peak_bytes'] / pair[1]['peak_bytes']:.0f}%" if pair else ""]
         lines.append("| " + " | ".join(cells) + " |")

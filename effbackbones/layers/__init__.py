@@ -17,7 +17,7 @@ from effbackbones.layers.head import ProjectionHead
 from effbackbones.layers.linear import Linear, linear_bhwc
 from effbackbones.layers.mlp import Mlp
 from effbackbones.layers.pos_bias import RelativePositionBias, resize_table
-from effbackbones.layers.reference import ops_backend, use_reference
+from effbackbones.layers.reference import laid_out, ops_backend, use_reference
 from effbackbones.layers.scale import layer_scales, scaled
 from effbackbones.layers.window import (
     join_window_heads,
@@ -45,6 +45,7 @@ __all__ = [
     "fold_scales",
     "join_window_heads",
     "join_windows",
+    "laid_out",
     "last_backend",
     "layer_scales",
     "linear_bhwc",

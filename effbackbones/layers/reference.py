@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 from effbackbones.kernels import problem
 
@@ -38,6 +39,11 @@ def ops_backend(name: str) -> Iterator[None]:
 def use_reference() -> bool:
     """Return whether the references are forced."""
     return _choice == "reference"
+
+
+def laid_out(x_bchw: Tensor) -> Tensor:
+    """Return a map as it lies in memory on a path: with the channels last; first where the references are forced."""
+    return x_bchw.contiguous(memory_format=torch.contiguous_format if use_reference() else torch.channels_last)
 
 
 def use_kernels(name: str, device: torch.device) -> bool:

@@ -19,7 +19,16 @@ from timm.layers import DropPath, LayerNorm2d, calculate_drop_path_rates, trunc_
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from effbackbones.layers import DepthwiseResidual, Mlp, ProjectionHead, attend, fold_norm, pad_to_windows
+from effbackbones.layers import (
+    DepthwiseResidual,
+    Mlp,
+    ProjectionHead,
+    attend,
+    fold_norm,
+    laid_out,
+    pad_to_windows,
+    use_reference,
+)
 from effbackbones.models._hierarchical import (
     HierarchicalBackbone,
     Stage,
@@ -46,13 +55,16 @@ class StemLayer(nn.Module):
 
 
 class Stem(nn.Sequential):
-    """Three 3x3 convolutions, the first of stride 2. From here on maps lie in memory channels last."""
+    """Three 3x3 convolutions, the first of stride 2. From here on maps lie in memory channels last.
+
+    The reference path copies those of convolutions to channels first.
+    """
 
     def __init__(self, in_chans: int, dim: int):
         super().__init__(StemLayer(in_chans, dim, 2), StemLayer(dim, dim, 1), StemLayer(dim, dim, 1))
 
     def forward(self, x_bchw: Tensor) -> Tensor:
-        return super().forward(x_bchw.contiguous(memory_format=torch.channels_last))
+        return super().forward(laid_out(x_bchw))
 
 
 class PatchEmbed(nn.Module):
@@ -90,19 +102,20 @@ class StripAttention(nn.Module):
         """Return the tokens that keys and values are made of, (B, M, C)."""
         if self.sr_ratio > 1:
             x_bchw = pad_to_windows(x_bhwc, (self.sr_ratio, self.sr_ratio)).permute(0, 3, 1, 2)
-            x_bhwc = self.sr_bn(self.sr(x_bchw)).permute(0, 2, 3, 1)
+            x_bhwc = self.sr_bn(self.sr(laid_out(x_bchw))).permute(0, 2, 3, 1)
         return x_bhwc.flatten(1, 2)
 
     def forward(self, x_bhwc: Tensor) -> Tensor:
         x_bnc, y_bmc = x_bhwc.flatten(1, 2), self._reduced(x_bhwc)
         v_bmc = self.v(y_bmc)
-        if self.heads == 1:
+        early = self.heads == 1 and not use_reference()
+        if early:
             v_bmc = self.proj(v_bmc)  # rows of attention weights sum to 1, so it may as well come first: M <= N
         v_bhmd = v_bmc.unflatten(2, (self.heads, -1)).transpose(1, 2)
         with nullcontext() if x_bhwc.is_meta else torch.autocast(x_bhwc.device.type, enabled=False):
             out_bhnd = strip_attention(strip(x_bnc, self.q), strip(y_bmc, self.k), v_bhmd)
         out_bhwc = out_bhnd.transpose(1, 2).reshape(x_bhwc.shape)
-        return out_bhwc if self.heads == 1 else self.proj(out_bhwc)
+        return out_bhwc if early else self.proj(out_bhwc)
 
     def fold(self) -> None:
         if self.sr_ratio > 1:
@@ -131,7 +144,7 @@ class LocalInteraction(nn.Module):
         self.dw2 = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
 
     def forward(self, x_bhwc: Tensor) -> Tensor:
-        x_bchw = F.gelu(self.bn(self.dw1(x_bhwc.permute(0, 3, 1, 2))))
+        x_bchw = F.gelu(self.bn(self.dw1(laid_out(x_bhwc.permute(0, 3, 1, 2)))))
         return self.dw2(x_bchw).permute(0, 2, 3, 1)
 
     def fold(self) -> None:
@@ -153,7 +166,7 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x_bchw: Tensor) -> Tensor:
-        x = self.lpu(x_bchw).permute(0, 2, 3, 1)
+        x = self.lpu(laid_out(x_bchw)).permute(0, 2, 3, 1)
         x = x + self.drop_path(self.attn(self.norm1(x)))
         x = x + self.drop_path(self.lim(self.norm2(x)))
         x = x + self.drop_path(self.mlp(self.norm3(x)))

@@ -26,6 +26,7 @@ from effbackbones.layers import (
     attend,
     fold_norm_before,
     fold_scales,
+    laid_out,
     layer_scales,
     scaled,
     use_reference,
@@ -57,8 +58,7 @@ class Stem(nn.Sequential):
         )
 
     def forward(self, x_bchw: Tensor) -> Tensor:
-        layout = torch.contiguous_format if use_reference() else torch.channels_last
-        return super().forward(x_bchw.contiguous(memory_format=layout))
+        return super().forward(laid_out(x_bchw))
 
 
 def conv1x1(layer: nn.Linear, x_bchw: Tensor) -> Tensor:

@@ -42,12 +42,14 @@ from effbackbones.layers import (
     fold_norm,
     fold_scales,
     join_window_heads,
+    join_windows,
     layer_scales,
     pad_to_windows,
     resize_table,
     scaled,
     split_window_heads,
     split_windows,
+    use_reference,
 )
 from effbackbones.models._hierarchical import HierarchicalBackbone, Stage, backbone_cfg, create_backbone, init_linear
 
@@ -217,10 +219,14 @@ class CrossAttention(nn.Module):
 
         Args:
             x_bnc: Queries.
-            keys_bmc: Keys and values; each is projected once, however many patches it is in.
+            keys_bmc: Keys and values; projected once, however many patches they are in, but on the reference path.
             bias: Added to the scores, (1, 1, N, M); with patches (W, 1, keys).
             patches: Keys of each window by number, (W, keys), where the queries are those of W windows in turn.
         """
+        if patches is not None and use_reference():
+            windows_gnc = x_bnc.reshape(len(x_bnc) * len(patches), -1, x_bnc.shape[2])
+            bias = None if bias is None else bias.unsqueeze(1).repeat(len(x_bnc), 1, 1, 1)
+            return self(windows_gnc, keys_bmc[:, patches].flatten(0, 1), bias).reshape(x_bnc.shape)
         q_bhnd = self.q(x_bnc).unflatten(2, (-1, self.head_dim)).transpose(1, 2)
         kv_bhmd = self.kv(keys_bmc).unflatten(2, (2, -1, self.head_dim)).permute(2, 0, 3, 1, 4)
         if patches is None:
@@ -277,6 +283,10 @@ class GenerateBlock(SemanticBlock):
     def forward(self, s_bnc: Tensor, x_bhwc: Tensor) -> Tensor:
         bias = near_bias((x_bhwc.shape[1], x_bhwc.shape[2]), self.window, x_bhwc.dtype, x_bhwc.device)
         keys_bmc = torch.cat([s_bnc, x_bhwc.flatten(1, 2)], 1)
+        if use_reference():
+            seen_wm = bias[0, 0, ::TOKENS] == 0
+            patches = seen_wm.nonzero()[:, 1].reshape(len(seen_wm), -1)  # as many in each window
+            return self.feed_forward(self.attention(s_bnc, keys_bmc, None, patches))
         return self.feed_forward(self.attention(s_bnc, keys_bmc, bias))
 
 
@@ -320,6 +330,7 @@ class DenseBlock(SemanticBlock):
     """Attention from the tokens of each window to a patch around it, of `reach` tokens a side.
 
     Where the map of the keys is not many times a patch, this is attention to all of it under a bias: no key is copied.
+    The reference path copies always.
     """
 
     def __init__(self, *args: Any, reach: int, pad_mask: PadMask, **kwargs: Any):
@@ -334,7 +345,7 @@ class DenseGenerateBlock(DenseBlock):
         size = (x_bhwc.shape[1], x_bhwc.shape[2])
         keys_bmc = F.pad(x_bhwc.flatten(1, 2), (0, 0, 0, 1))
         where = (size, self.window, self.reach, False, self.pad_mask)
-        if keys_bmc.shape[1] <= WHOLE * self.reach**2:
+        if keys_bmc.shape[1] <= WHOLE * self.reach**2 and not use_reference():
             bias_wm = map_bias(*where, x_bhwc.dtype, x_bhwc.device)
             bias_nm = bias_wm.unsqueeze(1).expand(-1, TOKENS, -1).flatten(0, 1)
             y_bnc = self.attention(s_bnc, keys_bmc, bias_nm[None, None])
@@ -350,14 +361,30 @@ class DenseRecoverBlock(DenseBlock):
 
     def forward(self, x_bhwc: Tensor, s_bnc: Tensor) -> Tensor:
         size = (x_bhwc.shape[1], x_bhwc.shape[2])
+        keys_bmc = F.pad(s_bnc, (0, 0, 0, 1))
+        if use_reference():
+            return self.feed_forward(x_bhwc + self._windows(x_bhwc, keys_bmc))
         windows_n = window_of_token(size, self.window, x_bhwc.device)
         bias_wm = map_bias(size, self.window, self.reach, True, self.pad_mask, x_bhwc.dtype, x_bhwc.device)
         bias_nm = bias_wm.index_select(0, windows_n)
-        y_bnc = self.attention(x_bhwc.flatten(1, 2), F.pad(s_bnc, (0, 0, 0, 1)), bias_nm[None, None])
+        y_bnc = self.attention(x_bhwc.flatten(1, 2), keys_bmc, bias_nm[None, None])
         if self.training:  # stochastic depth window by window
             factors = self.drop_path(x_bhwc.new_ones(x_bhwc.shape[0] * len(bias_wm), 1)).reshape(-1, len(bias_wm), 1)
             y_bnc = y_bnc * factors.index_select(1, windows_n)
         return self.feed_forward(x_bhwc + y_bnc.reshape(x_bhwc.shape))
+
+    def _windows(self, x_bhwc: Tensor, keys_bmc: Tensor) -> Tensor:
+        """Return the branch of attention from windows of image tokens to patches that are copied, (B, H, W, C)."""
+        height, width = x_bhwc.shape[1:3]
+        where = ((height, width), self.window, self.reach, True, self.pad_mask)
+        patches, _ = patches_of(*where, x_bhwc.device)
+        padded_bhwc = pad_to_windows(x_bhwc, (self.window, self.window))
+        x_gnc = split_windows(padded_bhwc, (self.window, self.window))
+        x_bnc = x_gnc.reshape(len(x_bhwc), -1, x_bhwc.shape[3])
+        y_bnc = self.attention(x_bnc, keys_bmc, patch_bias(*where, x_bhwc.dtype, x_bhwc.device), patches)
+        y_gnc = self.drop_path(y_bnc.reshape(x_gnc.shape))
+        y_bhwc = join_windows(y_gnc, (self.window, self.window), (padded_bhwc.shape[1], padded_bhwc.shape[2]))
+        return y_bhwc[:, :height, :width]
 
 
 # Units: geometry

@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, ClassVar, Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, LayerNorm2d, calculate_drop_path_rates, trunc_normal_
@@ -88,6 +87,8 @@ class LogPositionBias(Cached):
 
     _CHUNK = 2**21
     """Hidden values of the MLP that exist at a time."""
+    _COMPILED_CHUNKS = 4
+    """Parts that the hidden values are computed in under torch.compile."""
     _KEPT = 2**24
     """Size of a bias that is kept; a larger one is laid out anew from its table."""
 
@@ -106,6 +107,8 @@ class LogPositionBias(Cached):
             return bias.unsqueeze(0) if self.flat else bias.mT.unflatten(2, grid).unflatten(1, pool).flip(1, 2)
         sources = list(self.parameters())
         table = partial(self._table, *(self.trained or (grid, pool)))
+        if torch.compiler.is_compiling():
+            return self._laid_out(table(), grid, pool)
         if math.prod((*grid, *pool)) * self.fc2.out_features > self._KEPT:
             return self._laid_out(self.kept(("table", grid, pool), sources, table), grid, pool)
         return self.kept(("bias", grid, pool), sources, lambda: self._laid_out(table(), grid, pool))
@@ -127,7 +130,10 @@ class LogPositionBias(Cached):
         y, x = (_log_offsets(n, m, self.unit, weight.device).to(weight.dtype) for n, m in zip(grid, pool, strict=True))
         y = y.unsqueeze(-1) * weight[:, 0] + self.fc1.bias
         x = x.unsqueeze(-1) * weight[:, 1]
-        chunks = y.split(max(1, self._CHUNK // x.numel()))
+        if torch.compiler.is_compiling():  # for all sizes into as many
+            chunks = y.tensor_split(self._COMPILED_CHUNKS)
+        else:
+            chunks = y.split(max(1, self._CHUNK // x.numel()))
         if torch.is_grad_enabled() and not torch.compiler.is_exporting():
             # Hidden values are more than the table by a hundred times: the backward pass computes them again.
             outer: Callable[..., Tensor] = partial(
@@ -176,23 +182,19 @@ def _unique_offsets(grid: Grid, pool: Grid, device: torch.device) -> tuple[Tenso
 # Positions along one axis. A key is at the centre of its bin: all is counted in halves.
 
 
-def _centres(n: int, m: int) -> list[int]:
-    """Return twice the centres of the m bins of an adaptive pooling of n cells, from the last to the first."""
-    return [j * n // m - (-(j + 1) * n // m) - 1 for j in reversed(range(m))]
+def _halves(n: int, m: int) -> tuple[int, int, int]:
+    """Return twice the offsets of n queries to m keys as a range: the first, the end, the step.
 
-
-def _halves(n: int, m: int) -> range:
-    """Return twice the offsets of n queries to m keys, in ascending order, without a gap."""
-    centres = _centres(n, m)
-    mixed = len({centre % 2 for centre in centres}) == 2  # else all are odd, or all are even
-    return range(-centres[0], 2 * n - 1 - centres[-1], 1 if mixed else 2)
+    Twice the centre of bin j of an adaptive pooling is the sum of its first and last cell.
+    """
+    end = 2 * n - -(-n // m)
+    return 1 - end, end, 2 if n % m == 0 else 1  # in even bins all are odd, or all are even
 
 
 @constant
 def _log_offsets(n: int, m: int, unit: int, device: torch.device) -> Tensor:
     """Return the logarithms of the offsets of n queries to m keys; in float32, as the release computes them."""
-    halves = _halves(n, m)
-    offsets = torch.arange(halves.start, halves.stop, halves.step, device=device, dtype=torch.float32) / 2
+    offsets = torch.arange(*_halves(n, m), device=device, dtype=torch.float32) / 2
     return _logarithms(offsets, unit)
 
 
@@ -204,9 +206,10 @@ def _logarithms(offsets: Tensor, unit: int) -> Tensor:
 @constant
 def _offsets(n: int, m: int, device: torch.device) -> Tensor:
     """Return which offset that of query j to key i is, (m, n), keys from the last to the first."""
-    halves = _halves(n, m)
-    centres = torch.tensor(_centres(n, m), device=device).unsqueeze(-1)
-    return (2 * torch.arange(n, device=device) - centres - halves.start) // halves.step
+    first, _, step = _halves(n, m)
+    j = torch.arange(m - 1, -1, -1, device=device).unsqueeze(-1)
+    centres = j * n // m - -(j + 1) * n // m - 1
+    return (2 * torch.arange(n, device=device) - centres - first) // step
 
 
 @constant
@@ -215,7 +218,8 @@ def _resizing(trained: Grid, size: Grid, device: torch.device) -> Tensor:
 
     The result is (keys queries, offsets), keys from the last to the first.
     """
-    every = torch.arange(len(_halves(*trained)), device=device)
+    first, end, step = _halves(*trained)
+    every = torch.arange(-((first - end) // step), device=device)
     chosen = (_offsets(*trained, device).unsqueeze(-1) == every).double()
     queries, keys = (_linear(*sizes, device) for sizes in zip(trained, size, strict=True))
     chosen = (keys.flip(0, 1) @ chosen.flatten(1)).unflatten(1, chosen.shape[1:])
@@ -262,8 +266,8 @@ class Attention(nn.Module):
         grid = (x_bhwc.shape[1], x_bhwc.shape[2])
         qkv = self.qkv(x_bhwc.flatten(1, 2)).unflatten(-1, (3, -1, self.head_dim))
         q_bhnd, k_bhnd, v_bhnd = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        length = math.log(grid[0] * grid[1])
-        sharpness = F.softplus(self.temperature) * (length if self.exact_length else float(np.float32(length)))
+        length = torch.full((), grid[0] * grid[1], dtype=torch.float64, device=x_bhwc.device).log()
+        sharpness = F.softplus(self.temperature) * (length if self.exact_length else length.float())
         q_bhnd = (_unit(q_bhnd, -1) + self.query_embedding) * sharpness
         y_bhnd = attend(q_bhnd, _unit(k_bhnd, -1), v_bhnd, self.cpb(grid, grid), scale=1.0)
         return self.proj(y_bhnd.transpose(1, 2).reshape(x_bhwc.shape))

@@ -28,6 +28,7 @@ from effbackbones.layers import (
     fold_norm_before,
     fold_scales,
     join_windows,
+    laid_out,
     layer_scales,
     pad_to_windows,
     scaled,
@@ -47,11 +48,6 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x_bchw: Tensor) -> Tensor:
         return laid_out(self.norm(self.proj(x_bchw)))
-
-
-def laid_out(x_bchw: Tensor) -> Tensor:
-    """Return a map as the blocks take it: with the channels last in memory; first, as in the release, for reference."""
-    return x_bchw.contiguous(memory_format=torch.contiguous_format if use_reference() else torch.channels_last)
 
 
 class ConvStem(nn.Module):

@@ -4,6 +4,7 @@ import gc
 from collections.abc import Callable
 from typing import Any
 
+import onnxruntime
 import pytest
 import timm
 import torch
@@ -249,6 +250,20 @@ def test_fused_model_is_measured(dense: bool, monkeypatch: pytest.MonkeyPatch) -
     assert fused == []
     build(other).call()
     assert [type(model).__name__ for model in fused] == ["UniFormerLight"]
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_model_runs_in_onnxruntime(dense: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = []
+    run = onnxruntime.InferenceSession.run
+    monkeypatch.setattr(
+        onnxruntime.InferenceSession, "run", lambda self, *args: ran.append(len(out := run(self, *args))) or out
+    )
+    eager, other = measure(plan(["s2aformer_mini"], ["onnx=yes,fused=yes"], sizes=[(32, 32)], dense=dense)[0], ONCE)
+    assert (other.error, other.peak_bytes, other.attention) == ("", None, [])
+    assert eager.peak_bytes
+    assert other.ratios
+    assert set(ran) == {4 if dense else 1}
 
 
 def test_channels_last_is_of_weights_and_images(spy: Callable[..., Spy]) -> None:

@@ -112,6 +112,10 @@ BAD = {
     "channels_last_operator": ("op:toy", "channels_last=yes", "op:toy is an operator"),
     "fused_model_of_timm": ("resnet18", "fused=yes", "resnet18 is no model of effbackbones: there is nothing to fuse"),
     "fused_operator": ("op:toy", "fused=yes", "op:toy is no model of effbackbones: there is nothing to fuse"),
+    "onnx_of_timms_model": ("resnet18", "onnx=yes", "resnet18 is no model of effbackbones", "exports those alone"),
+    "onnx_operator": ("op:toy", "onnx=yes", "op:toy is no model of effbackbones", "exports those alone"),
+    "onnx_in_16_bits": ("uniformer_xxs", "onnx=yes,dtype=bfloat16", "for inference in float32", "not compiled"),
+    "onnx_compiled": ("uniformer_xxs", "onnx=yes,compile=yes", "for inference in float32", "not compiled"),
     "xformers_on_cpu": ("uniformer_xxs", "attention=xformers", "cannot serve float32 on cpu", "CUDA devices only"),
     "xformers_compiled": ("uniformer_xxs", "attention=xformers,compile=yes", "under torch.compile", "sdpa or plain"),
 }
@@ -120,6 +124,17 @@ BAD = {
 def test_fused_training_is_refused() -> None:
     with pytest.raises(BenchError, match="fused=yes is for inference alone"):
         group("fused=yes", name="uniformer_xxs", modes=["inference", "train"])
+
+
+def test_training_in_onnxruntime_is_refused() -> None:
+    with pytest.raises(BenchError, match="onnx=yes is for inference in float32"):
+        group("onnx=yes", name="uniformer_xxs", modes=["train"])
+
+
+def test_onnx_without_its_packages_says_how_to_install_them(monkeypatch) -> None:
+    monkeypatch.setattr("effbackbones.export.missing_packages", lambda form: f"{form}tools not installed")
+    with pytest.raises(BenchError, match=r"^onnx=yes: onnxtools not installed$"):
+        group("onnx=yes", name="uniformer_xxs")
 
 
 @pytest.mark.parametrize("case", BAD)

@@ -101,6 +101,7 @@ def test_json_has_everything(results: list[Result], tmp_path: Path) -> None:
         "attention": None,
         "ops": None,
         "fused": False,
+        "onnx": False,
         "error": None,
         "parameters": 10,
         "weight_bytes": 40,

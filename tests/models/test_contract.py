@@ -23,6 +23,7 @@ from small_models import depths, small
 from timm.models import group_parameters, model_entrypoint
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 
 from effbackbones.checkpoint import CheckpointError, Loaded
 from effbackbones.layers import ProjectionHead, attention_backend, ops_backend
@@ -751,6 +752,24 @@ def test_compiled_training_has_no_graph_break_and_equal_gradients(name, dense):
     setattr(model, method, torch.compile(getattr(model, method), fullgraph=True, backend=backend))
     for key, grad in gradients(model, x).items():
         torch.testing.assert_close(grad, expected[key], rtol=1e-9, atol=1e-12, msg=key)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_dynamo")
+@each_class
+@each_mode
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+def test_compiled_model_takes_sizes_of_detection_with_few_compilations(name, dense, training):
+    model = copy.deepcopy(shared(name, dense, compiled=True)).train(training)
+    call, counter = maps_of(model) if dense else model, CompileCounter()
+    compiled = torch.compile(call, fullgraph=True, backend=counter)
+    with torch.set_grad_enabled(training):
+        for height, width in ((96, 128), (128, 96), (64, 160), (160, 64), (128, 192), (192, 128), (96, 224), (224, 96)):
+            x = images(2, 3, height, width)
+            output = compiled(x)
+            if model.continuous and not training:
+                torch.testing.assert_close(output, call(x))
+    assert counter.frame_count <= 4
 
 
 @functools.lru_cache(maxsize=1)

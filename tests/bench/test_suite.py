@@ -134,7 +134,9 @@ def test_tables_tell_speed_memory_growth_and_aims() -> None:
         )
     )
     assert "| `transnext_tiny` | train | 512x512, maps | 1 | 100.0 | 1.20x | 2.00x |  |  |  | 10 | 50% |" in text
-    assert "| `transnext_micro` | inference | 224x224 | 1 | 10.00 | 2.50x |  | 0.50x | 1.25x | 2.00x | 5 | 25% |" in text
+    assert (
+        "| `transnext_micro` | inference | 224x224 | 1 | 10.00 | 2.50x |  | 0.50x | 1.25x | 2.00x | 5 | 25% |" in text
+    )
     assert "| `transnext_tiny` | train | 0.98 | 0.85 | 1.47 | 1.14 |" in text
     assert "| transnext_micro inference 224 | reference | 2.0x | 2.50x | reached |" in text
     assert "| transnext_tiny train 512 dense | reference | 1.1x | 1.20x | reached |" in text

@@ -10,7 +10,6 @@ costs: Lightning's hooks, the seeds of a step, the guard on gradients, loggers, 
 
 import argparse
 import contextlib
-import json
 import sys
 import tempfile
 import time
@@ -26,7 +25,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the clone needs no installation
 
-from effbackbones.bench.report import environment, number
+from effbackbones.bench.report import environment, number, write_json
 from effbackbones.bench.timing import order, paired_ratios, seconds_per_call, spread, synchronize
 from effbackbones.config import RecipeError, load_recipe
 from effbackbones.data import DataError
@@ -148,7 +147,7 @@ def main(argv: Sequence[str]) -> int:
             "samples_ms": {"effb": [1e3 * x for x in effb], "bare": [1e3 * x for x in bare]},
             "ratios": ratios,
         }
-        args.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        write_json(args.out, document)
     return 0
 
 

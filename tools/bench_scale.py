@@ -24,7 +24,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the clone needs no installation
 
-from effbackbones.bench.report import environment
+from effbackbones.bench.report import environment, write_json
 from effbackbones.bench.timing import spread
 from effbackbones.checkpoint import read_checkpoint, write_checkpoint
 from effbackbones.config import RecipeError, load_recipe
@@ -181,11 +181,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"bench_scale.py: {error}", file=sys.stderr)
         return 2
     if args.out:
-        args.out.write_text(
-            json.dumps(
-                {"machine": environment("cuda" if torch.cuda.is_available() else "cpu"), args.what: rows}, indent=1
-            )
-        )
+        machine = environment("cuda" if torch.cuda.is_available() else "cpu")
+        write_json(args.out, {"machine": machine, args.what: rows})
     return 0
 
 

@@ -226,12 +226,12 @@ def _check(case: Case) -> None:
 
 
 def _check_onnx(case: Case) -> None:
-    from effbackbones.export import missing_packages  # with all of training: for those who ask
-
     if case.is_operator or not is_ours(case.name):
         raise BenchError(f"{case.name} is no model of effbackbones: onnx=yes exports those alone")
     if (case.mode, case.dtype, case.device, case.compile) != ("inference", "float32", "cpu", False):
         raise BenchError("onnx=yes is for inference in float32 on the CPU, not compiled")
+    from effbackbones.export import missing_packages  # with all of training: for those who ask
+
     if missing := missing_packages("onnx"):
         raise BenchError(f"onnx=yes: {missing}")
 

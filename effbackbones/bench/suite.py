@@ -92,6 +92,7 @@ def pairs(device: str | None) -> dict[str, tuple[Case, Case]]:
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype, other = ("bfloat16", "float32") if device == "cuda" else ("float32", "bfloat16")
+    served = ["fused=yes"] if device == "cuda" else ["fused=yes", "onnx=yes,fused=yes"]
     found = {}
 
     def add(cell: Cell, *versus: str) -> None:
@@ -111,7 +112,6 @@ def pairs(device: str | None) -> dict[str, tuple[Case, Case]]:
         for name in names:
             for size, dense in ((CLASSIFIER, False), *((size, True) for size in DENSE)):
                 common = (REFERENCE, "compile=yes", f"dtype={other}")
-                served = ("fused=yes", "onnx=yes,fused=yes") if device == "cpu" else ("fused=yes",)
                 add(Cell(name, "inference", size, dense), *common, *served)
                 add(Cell(name, "train", size, dense), *common)
     for target in TARGETS:
@@ -266,20 +266,8 @@ def machine(case: Case) -> dict[str, float]:
 
 def table(document: dict[str, Any]) -> str:
     """Return the results as a Markdown table, a row for each cell of a model."""
-    head = (
-        "Model",
-        "Mode",
-        "Size",
-        "Batch",
-        "ms",
-        "Reference",
-        "Compiled",
-        "Other precision",
-        "Fused",
-        "ONNX",
-        "Peak MiB",
-    )
-    lines = ["| " + " | ".join((*head, "Of reference")) + " |", "|---|---|---" + "|--:" * 9 + "|"]
+    head = ("Model", "Mode", "Size", "Batch", "ms", "Reference", "Compiled", "Other precision", "Fused", "ONNX")
+    lines = ["| " + " | ".join((*head, "Peak MiB", "Of reference")) + " |", "|---|---|---" + "|--:" * 9 + "|"]
     for cell, versus in by_cell(document).items():
         if cell.name.startswith(PREFIX):
             continue
@@ -317,7 +305,7 @@ def operator_table(document: dict[str, Any]) -> str:
         seconds = case["ms"]["median"] / 1e3
         operations, bytes_ = work(cell, case["batch"], getattr(torch, case["dtype"]))
         cells = [f"`{cell.name}`", cell.mode, "x".join(map(str, cell.size)), number(1e3 * seconds), _times(pair)]
-        cells += [f"{case['peak_bytes'] / 2**20:.1f}", f"{100 * case['peak_bytes'] / other['peak_bytes']:.0f}%"]
+        cells += [mebibytes(case["peak_bytes"]), f"{100 * case['peak_bytes'] / other['peak_bytes']:.0f}%"]
         cells += [f"{100 * bytes_ / seconds / rates['bytes_per_second']:.0f}%"]
         cells += [f"{100 * operations / seconds / rates['operations_per_second']:.0f}%"]
         lines.append("| " + " | ".join(cells) + " |")

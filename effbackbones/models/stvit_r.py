@@ -337,6 +337,12 @@ class DenseBlock(SemanticBlock):
         super().__init__(*args, **kwargs)
         self.reach, self.pad_mask = reach, pad_mask
 
+    def patches_attention(self, x_bnc: Tensor, keys_bmc: Tensor, size: Size, semantic: bool) -> Tensor:
+        """Return the branch of attention from windows in turn to their patches, copied, of a map of `size`."""
+        where = (size, self.window, self.reach, semantic, self.pad_mask)
+        patches, _ = patches_of(*where, x_bnc.device)
+        return self.attention(x_bnc, keys_bmc, patch_bias(*where, x_bnc.dtype, x_bnc.device), patches)
+
 
 class DenseGenerateBlock(DenseBlock):
     """Blocks 1 and 2 of dense mode: semantic tokens attend to the patch of image tokens around their window."""
@@ -344,14 +350,12 @@ class DenseGenerateBlock(DenseBlock):
     def forward(self, s_bnc: Tensor, x_bhwc: Tensor) -> Tensor:
         size = (x_bhwc.shape[1], x_bhwc.shape[2])
         keys_bmc = F.pad(x_bhwc.flatten(1, 2), (0, 0, 0, 1))
-        where = (size, self.window, self.reach, False, self.pad_mask)
         if keys_bmc.shape[1] <= WHOLE * self.reach**2 and not use_reference():
-            bias_wm = map_bias(*where, x_bhwc.dtype, x_bhwc.device)
+            bias_wm = map_bias(size, self.window, self.reach, False, self.pad_mask, x_bhwc.dtype, x_bhwc.device)
             bias_nm = bias_wm.unsqueeze(1).expand(-1, TOKENS, -1).flatten(0, 1)
             y_bnc = self.attention(s_bnc, keys_bmc, bias_nm[None, None])
         else:
-            patches, _ = patches_of(*where, x_bhwc.device)
-            y_bnc = self.attention(s_bnc, keys_bmc, patch_bias(*where, x_bhwc.dtype, x_bhwc.device), patches)
+            y_bnc = self.patches_attention(s_bnc, keys_bmc, size, False)
         y_bnc = self.drop_path(y_bnc.reshape(-1, TOKENS, y_bnc.shape[2])).reshape(s_bnc.shape)  # window by window
         return self.feed_forward(s_bnc + y_bnc)
 
@@ -376,12 +380,10 @@ class DenseRecoverBlock(DenseBlock):
     def _windows(self, x_bhwc: Tensor, keys_bmc: Tensor) -> Tensor:
         """Return the branch of attention from windows of image tokens to patches that are copied, (B, H, W, C)."""
         height, width = x_bhwc.shape[1:3]
-        where = ((height, width), self.window, self.reach, True, self.pad_mask)
-        patches, _ = patches_of(*where, x_bhwc.device)
         padded_bhwc = pad_to_windows(x_bhwc, (self.window, self.window))
         x_gnc = split_windows(padded_bhwc, (self.window, self.window))
         x_bnc = x_gnc.reshape(len(x_bhwc), -1, x_bhwc.shape[3])
-        y_bnc = self.attention(x_bnc, keys_bmc, patch_bias(*where, x_bhwc.dtype, x_bhwc.device), patches)
+        y_bnc = self.patches_attention(x_bnc, keys_bmc, (height, width), True)
         y_gnc = self.drop_path(y_bnc.reshape(x_gnc.shape))
         y_bhwc = join_windows(y_gnc, (self.window, self.window), (padded_bhwc.shape[1], padded_bhwc.shape[2]))
         return y_bhwc[:, :height, :width]

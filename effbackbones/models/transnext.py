@@ -218,8 +218,7 @@ def _resizing(trained: Grid, size: Grid, device: torch.device) -> Tensor:
 
     The result is (keys queries, offsets), keys from the last to the first.
     """
-    first, end, step = _halves(*trained)
-    every = torch.arange(-((first - end) // step), device=device)
+    every = torch.arange(len(range(*_halves(*trained))), device=device)
     chosen = (_offsets(*trained, device).unsqueeze(-1) == every).double()
     queries, keys = (_linear(*sizes, device) for sizes in zip(trained, size, strict=True))
     chosen = (keys.flip(0, 1) @ chosen.flatten(1)).unflatten(1, chosen.shape[1:])
@@ -266,8 +265,7 @@ class Attention(nn.Module):
         grid = (x_bhwc.shape[1], x_bhwc.shape[2])
         qkv = self.qkv(x_bhwc.flatten(1, 2)).unflatten(-1, (3, -1, self.head_dim))
         q_bhnd, k_bhnd, v_bhnd = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        length = torch.full((), grid[0] * grid[1], dtype=torch.float64, device=x_bhwc.device).log()
-        sharpness = F.softplus(self.temperature) * (length if self.exact_length else length.float())
+        sharpness = F.softplus(self.temperature) * _log_length(grid, self.exact_length, x_bhwc.device)
         q_bhnd = (_unit(q_bhnd, -1) + self.query_embedding) * sharpness
         y_bhnd = attend(q_bhnd, _unit(k_bhnd, -1), v_bhnd, self.cpb(grid, grid), scale=1.0)
         return self.proj(y_bhnd.transpose(1, 2).reshape(x_bhwc.shape))
@@ -367,6 +365,13 @@ class AggregatedAttention(Cached):
 
 def _pooled_grid(grid: Grid, ratio: int) -> Grid:
     return max(1, grid[0] // ratio), max(1, grid[1] // ratio)
+
+
+@constant
+def _log_length(grid: Grid, exact: bool, device: torch.device) -> Tensor:
+    """Return the logarithm of how many tokens a map has, in float64, or rounded to float32."""
+    length = torch.full((), grid[0] * grid[1], dtype=torch.float64, device=device).log()
+    return length if exact else length.float()
 
 
 @constant

@@ -14,7 +14,7 @@ from effbackbones.layers.depthwise import DepthwiseResidual
 from effbackbones.layers.downsample import ConvDownsample
 from effbackbones.layers.folding import fold_norm, fold_norm_before, fold_scales
 from effbackbones.layers.head import ProjectionHead
-from effbackbones.layers.linear import Linear, linear_bhwc
+from effbackbones.layers.linear import Linear, apply_linear
 from effbackbones.layers.mlp import Mlp
 from effbackbones.layers.pos_bias import RelativePositionBias, resize_table
 from effbackbones.layers.reference import laid_out, ops_backend, use_reference
@@ -36,6 +36,7 @@ __all__ = [
     "ProjectionHead",
     "RelativePositionBias",
     "aligned_bias",
+    "apply_linear",
     "attend",
     "attention_backend",
     "attention_report",
@@ -48,7 +49,6 @@ __all__ = [
     "laid_out",
     "last_backend",
     "layer_scales",
-    "linear_bhwc",
     "ops_backend",
     "pad_to_windows",
     "resize_table",

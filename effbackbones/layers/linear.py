@@ -1,4 +1,4 @@
-"""Linear layers over channels-last maps."""
+"""Linear layers, by the faster of torch's two ways on a CPU."""
 
 import torch
 import torch.nn.functional as F
@@ -8,29 +8,40 @@ from effbackbones.layers.reference import use_reference
 
 
 class Linear(nn.Linear):
-    """A linear layer over a map, (B, H, W, C_in) to (B, H, W, C), computed by :func:`linear_bhwc`."""
+    """A linear layer, (..., C_in) to (..., C), computed by :func:`apply_linear`."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return linear_bhwc(input, self.weight, self.bias)
+        return apply_linear(input, self.weight, self.bias)
 
 
-def linear_bhwc(x_bhwc: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return F.linear(x_bhwc, weight, bias), on a CPU as a 1x1 convolution of the map's rows.
+def apply_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return F.linear(x, weight, bias), (..., C_in) to (..., C); on a CPU as a 1x1 convolution.
 
     Torch gives linear layers in float32 to MKL, convolutions to oneDNN, which took half the time where this was
-    measured (AMD EPYC, one thread). In other dtypes, on other devices, under autocast, torch.compile and torch.export,
+    measured (AMD EPYC). In other dtypes, on other devices, of few rows, under autocast, torch.compile and torch.export,
     and where the operators' references are forced, it is F.linear.
     """
-    images, height, width, channels = x_bhwc.shape
+    if x.dim() < 3 or not _convolves(x, weight.numel()):
+        return F.linear(x, weight, bias)
+    rows_bc1n = x.contiguous().view(-1, 1, *x.shape[-2:]).permute(0, 3, 1, 2)
+    out_bc1n = F.conv2d(rows_bc1n, weight[:, :, None, None], bias)
+    return out_bc1n.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
+
+
+def _convolves(x: Tensor, weights: int) -> bool:
+    """Return whether torch gives the convolution to oneDNN, and that is faster."""
     if (
         torch.compiler.is_compiling()
         or use_reference()
-        or x_bhwc.device.type != "cpu"
-        or x_bhwc.dtype != torch.float32
+        or x.device.type != "cpu"
+        or x.dtype != torch.float32
         or torch.is_autocast_enabled("cpu")
-        or images * height < 16  # torch takes oneDNN from a batch of 16 up, if there is one thread
+        or not torch.backends.mkldnn.is_available()
     ):
-        return F.linear(x_bhwc, weight, bias)
-    rows = x_bhwc.reshape(images * height, 1, width, channels).permute(0, 3, 1, 2)
-    out = F.conv2d(rows, weight[:, :, None, None], bias)
-    return out.permute(0, 2, 3, 1).reshape(images, height, width, -1)
+        return False
+    rows, tokens = x.shape[:-2].numel(), x.shape[:-1].numel()
+    # Torch's own conditions for 1x1 convolutions: a batch of 16, or more threads than one and no small image.
+    if rows < 16 and (torch.get_num_threads() == 1 or (rows == 1 and x.numel() <= 20480)):
+        return False
+    # What it saves for each product must make up for one call's and one weight's reordering (two threads).
+    return (tokens - 128) * weights >= 2**23

@@ -4,11 +4,13 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from effbackbones.layers.linear import Linear
+
 
 class Mlp(nn.Module):
     """Two layers with a GELU between; `layer` makes them linear (channels last) or 1x1 convolutions (NCHW)."""
 
-    def __init__(self, dim: int, hidden: int, layer: Callable[[int, int], nn.Linear | nn.Conv2d] = nn.Linear):
+    def __init__(self, dim: int, hidden: int, layer: Callable[[int, int], nn.Linear | nn.Conv2d] = Linear):
         super().__init__()
         self.fc1 = layer(dim, hidden)
         self.act = nn.GELU()

@@ -24,12 +24,12 @@ from effbackbones.layers import (
     Linear,
     Mlp,
     RelativePositionBias,
+    apply_linear,
     attend,
     fold_scales,
     join_window_heads,
     join_windows,
     layer_scales,
-    linear_bhwc,
     pad_to_windows,
     resize_table,
     scaled,
@@ -68,7 +68,7 @@ class PointwiseConv(nn.Conv2d):
         super().__init__(dim, dim, 1, bias=False)
 
     def forward(self, input: Tensor) -> Tensor:
-        return linear_bhwc(input.permute(0, 2, 3, 1), self.weight.flatten(1)).permute(0, 3, 1, 2)
+        return apply_linear(input.permute(0, 2, 3, 1), self.weight.flatten(1)).permute(0, 3, 1, 2)
 
 
 class FusedMBConv(nn.Module):
@@ -174,7 +174,7 @@ class WindowAttention(nn.Module):
         if use_reference() or divides(self.window, height, width):
             y_bhwc = self.qkv(pad_to_windows(x_bhwc, self.window))
         else:  # padding is nothing but the bias after the projection: it need not go through it
-            y_bhwc = pad_to_windows(linear_bhwc(x_bhwc, self.qkv.weight), self.window)
+            y_bhwc = pad_to_windows(apply_linear(x_bhwc, self.qkv.weight), self.window)
             y_bhwc = y_bhwc + self.qkv.bias.to(y_bhwc.dtype)
         *own, k_bhnd, v_bhnd = split_window_heads(y_bhwc, self.window, self.parts, self.heads)
         out_bhnd = attend(own[0] if q_bhnd is None else q_bhnd, k_bhnd, v_bhnd, self.position_bias(), self.scale)
@@ -192,7 +192,7 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(dim, eps=1e-5)
         self.attn = attn
         self.norm2 = nn.LayerNorm(dim, eps=1e-5)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), Linear)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.drop_path = DropPath(drop_path)
         self.gamma1, self.gamma2 = layer_scales((dim,), layer_scale)
 

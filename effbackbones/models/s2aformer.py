@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from effbackbones.layers import (
     DepthwiseResidual,
+    Linear,
     Mlp,
     ProjectionHead,
     attend,
@@ -95,8 +96,8 @@ class StripAttention(nn.Module):
             self.sr_bn = nn.BatchNorm2d(dim)
         self.q = nn.Linear(dim, heads)
         self.k = nn.Linear(dim, heads)
-        self.v = nn.Linear(dim, dim)
-        self.proj = nn.Linear(dim, dim)
+        self.v = Linear(dim, dim)
+        self.proj = Linear(dim, dim)
 
     def _reduced(self, x_bhwc: Tensor) -> Tensor:
         """Return the tokens that keys and values are made of, (B, M, C)."""

@@ -24,6 +24,7 @@ from effbackbones.checkpoint import KeyMap
 from effbackbones.layers import (
     Cached,
     DepthwiseResidual,
+    Linear,
     attend,
     constant,
     join_window_heads,
@@ -122,10 +123,10 @@ class ConvMlp(nn.Module):
 
     def __init__(self, dim: int):
         super().__init__()
-        self.fc1 = nn.Linear(dim, 4 * dim)
+        self.fc1 = Linear(dim, 4 * dim)
         self.dwconv = DepthwiseResidual(4 * dim)
         self.act = nn.GELU()
-        self.fc2 = nn.Linear(4 * dim, dim)
+        self.fc2 = Linear(4 * dim, dim)
 
     def forward(self, x_bhwc: Tensor) -> Tensor:
         x_bchw = self.dwconv(self.fc1(x_bhwc).permute(0, 3, 1, 2))
@@ -169,9 +170,9 @@ class Attention(nn.Module):
     def __init__(self, dim: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.lepe_linear = nn.Linear(dim, dim)
+        self.lepe_linear = Linear(dim, dim)
         self.lepe_conv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
-        self.proj = nn.Linear(dim, dim)
+        self.proj = Linear(dim, dim)
 
     def project(self, x_bhwc: Tensor, out_bhwc: Tensor) -> Tensor:
         """Return the projection of the heads' output and of the depthwise branch of the input."""
@@ -186,7 +187,7 @@ class FullAttention(Attention):
 
     def __init__(self, dim: int, heads: int):
         super().__init__(dim, heads)
-        self.qkv = nn.Linear(dim, 3 * dim)
+        self.qkv = Linear(dim, 3 * dim)
 
     def forward(self, x_bhwc: Tensor, significance_bn: None) -> tuple[Tensor, None]:
         q_bhnd, k_bhnd, v_bhnd = split_heads(self.qkv(x_bhwc).flatten(1, 2), 3, self.heads)
@@ -209,8 +210,8 @@ class HybridAttention(Attention):
         self.sr = nn.Conv2d(dim, dim, reduction, stride=reduction)
         self.norm = nn.LayerNorm(dim, eps=1e-5)
         self.act = nn.GELU()
-        self.qkv = nn.Linear(dim, 2 * dim)  # global queries; local queries, keys and values
-        self.kv = nn.Linear(dim, dim)  # of the reduced image
+        self.qkv = Linear(dim, 2 * dim)  # global queries; local queries, keys and values
+        self.kv = Linear(dim, dim)  # of the reduced image
 
     def forward(self, x_bhwc: Tensor, significance_bn: None) -> tuple[Tensor, Tensor]:
         c = x_bhwc.shape[3]
@@ -285,8 +286,8 @@ class GuidedAttention(Attention):
 
     def __init__(self, dim: int, heads: int, runs: Sequence[int]):
         super().__init__(dim, heads)
-        self.q = nn.Linear(dim, dim)
-        self.kv = nn.Linear(dim, 2 * dim)
+        self.q = Linear(dim, dim)
+        self.kv = Linear(dim, 2 * dim)
         self.f1 = nn.Linear(runs[0], 1)
         self.f2 = nn.Linear(runs[1], 1)
         self.f3 = nn.Linear(runs[2], 1) if len(runs) == 3 else None

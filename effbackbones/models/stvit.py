@@ -22,6 +22,7 @@ from effbackbones.checkpoint import CheckpointError, KeyMap
 from effbackbones.layers import (
     ConvDownsample,
     DepthwiseResidual,
+    Linear,
     ProjectionHead,
     attend,
     fold_norm_before,
@@ -71,10 +72,10 @@ class ConvMlp(nn.Module):
 
     def __init__(self, dim: int, hidden: int):
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
+        self.fc1 = Linear(dim, hidden)
         self.act = nn.GELU()
         self.conv = DepthwiseResidual(hidden)
-        self.fc2 = nn.Linear(hidden, dim)
+        self.fc2 = Linear(hidden, dim)
 
     def forward(self, x_bhwc: Tensor) -> Tensor:
         if use_reference():
@@ -93,8 +94,8 @@ class Attention(nn.Module):
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim)
+        self.proj = Linear(dim, dim)
 
     def forward(self, x_bhwc: Tensor) -> Tensor:
         _, h, w, c = x_bhwc.shape

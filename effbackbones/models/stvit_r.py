@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from effbackbones.checkpoint import CheckpointError, KeyMap
 from effbackbones.layers import (
     Cached,
+    Linear,
     Mlp,
     RelativePositionBias,
     aligned_bias,
@@ -102,9 +103,9 @@ class WindowAttention(Cached):
         super().__init__()
         self.window = (window, window)
         self.heads = dim // head_dim
-        self.qkv = nn.Linear(dim, 3 * dim)
+        self.qkv = Linear(dim, 3 * dim)
         self.rel_pos = RelativePositionBias(self.window, self.heads)
-        self.proj = nn.Linear(dim, dim)
+        self.proj = Linear(dim, dim)
 
     def forward(self, x_bhwc: Tensor, shift: int) -> Tensor:
         height, width = x_bhwc.shape[1:3]
@@ -208,9 +209,9 @@ class CrossAttention(nn.Module):
     def __init__(self, dim: int, head_dim: int):
         super().__init__()
         self.head_dim = head_dim
-        self.q = nn.Linear(dim, dim)
-        self.kv = nn.Linear(dim, 2 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.q = Linear(dim, dim)
+        self.kv = Linear(dim, 2 * dim)
+        self.proj = Linear(dim, dim)
 
     def forward(
         self, x_bnc: Tensor, keys_bmc: Tensor, bias: Tensor | None = None, patches: Tensor | None = None

@@ -23,7 +23,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from effbackbones.checkpoint import KeyMap
-from effbackbones.layers import Cached, aligned_bias, attend, constant, use_reference
+from effbackbones.layers import (
+    Cached,
+    Linear,
+    aligned_bias,
+    apply_linear,
+    attend,
+    constant,
+    use_reference,
+)
 from effbackbones.models._hierarchical import (
     HierarchicalBackbone,
     Stage,
@@ -54,9 +62,9 @@ class ConvGlu(nn.Module):
 
     def __init__(self, dim: int, hidden: int):
         super().__init__()
-        self.fc1 = nn.Linear(dim, 2 * hidden)
+        self.fc1 = Linear(dim, 2 * hidden)
         self.dwconv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
-        self.fc2 = nn.Linear(hidden, dim)
+        self.fc2 = Linear(hidden, dim)
 
     def forward(self, x_bhwc: Tensor) -> Tensor:
         if use_reference():
@@ -65,7 +73,7 @@ class ConvGlu(nn.Module):
             return self.fc2(F.gelu(x.contiguous()) * gate)
         # One product for each half: the halves of one product would have to be copied apart.
         weights, biases = self.fc1.weight.chunk(2), self.fc1.bias.chunk(2)
-        x, gate = (F.linear(x_bhwc, weight, bias) for weight, bias in zip(weights, biases, strict=True))
+        x, gate = (apply_linear(x_bhwc, weight, bias) for weight, bias in zip(weights, biases, strict=True))
         x = self.dwconv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return self.fc2(F.gelu(x) * gate)
 
@@ -256,8 +264,8 @@ class Attention(nn.Module):
         self.exact_length = exact_length
         self.temperature = nn.Parameter(torch.full((heads, 1, 1), math.log(math.expm1(1 / 0.24))))
         self.query_embedding = nn.Parameter(torch.empty(heads, 1, head_dim))
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim)
+        self.proj = Linear(dim, dim)
         self.cpb = LogPositionBias(heads, pretrain_grid, trained and (trained, trained), flat=True)
         trunc_normal_(self.query_embedding, std=0.02)
 
@@ -304,11 +312,11 @@ class AggregatedAttention(Cached):
         self.relative_pos_bias_local = nn.Parameter(torch.empty(heads, 9))
         self.learnable_tokens = nn.Parameter(torch.empty(heads, head_dim, 9))
         self.learnable_bias = nn.Parameter(torch.zeros(heads, 1, 9))
-        self.q = nn.Linear(dim, dim)
-        self.kv = nn.Linear(dim, 2 * dim)
+        self.q = Linear(dim, dim)
+        self.kv = Linear(dim, 2 * dim)
         self.sr = nn.Conv2d(dim, dim, 1)
         self.norm = nn.LayerNorm(dim, eps=1e-5)
-        self.proj = nn.Linear(dim, dim)
+        self.proj = Linear(dim, dim)
         self.cpb = LogPositionBias(
             heads, pretrain_grid, trained and (trained, _pooled_grid(trained, ratio)), flat=False
         )
@@ -342,7 +350,7 @@ class AggregatedAttention(Cached):
         q_bhdn, k_bhdn, v_bhdn, z_bhdn = (x.unflatten(1, (-1, self.head_dim)) for x in self._projected(x_bhwc))
 
         z_bpc = _pool(F.gelu(z_bhdn).flatten(1, 2).unflatten(2, grid), pool).flip(2, 3).flatten(2).mT
-        kv_bpc = F.linear(self.norm(z_bpc), self.kv.weight, self.kv.bias)
+        kv_bpc = apply_linear(self.norm(z_bpc), self.kv.weight, self.kv.bias)
         k_pool_bhdp, v_pool_bhdp = kv_bpc.mT.unflatten(1, (2, -1, self.head_dim)).unbind(1)
 
         q_bhdn = _unit(q_bhdn, 2)

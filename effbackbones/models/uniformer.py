@@ -22,6 +22,7 @@ from effbackbones.checkpoint import KeyMap
 from effbackbones.layers import (
     ConvDownsample,
     DepthwiseResidual,
+    Linear,
     Mlp,
     attend,
     fold_norm,
@@ -103,8 +104,8 @@ class Attention(nn.Module):
     def __init__(self, dim: int, head_dim: int):
         super().__init__()
         self.head_dim = head_dim
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim)
+        self.proj = Linear(dim, dim)
 
     def _qkv(self, x_bnc: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         b, n, _ = x_bnc.shape

@@ -1,10 +1,19 @@
-"""Linear layers, by the faster of torch's two ways on a CPU."""
+"""Linear layers, by the fastest of torch's ways on a CPU."""
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.forward_ad import unpack_dual
+from torch.utils.flop_counter import register_flop_formula
 
 from effbackbones.layers.reference import use_reference
+
+# torch gives F.linear in float32 to MKL; oneDNN took half the time where this was measured (AMD EPYC, AVX-512). It
+# serves convolutions, and an operator made for torch.compile that has no gradient.
+_ONEDNN = torch.backends.mkldnn.is_available()
+_onednn_linear: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if _ONEDNN else None
 
 
 class Linear(nn.Linear):
@@ -15,33 +24,46 @@ class Linear(nn.Linear):
 
 
 def apply_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return F.linear(x, weight, bias), (..., C_in) to (..., C); on a CPU as a 1x1 convolution.
+    """Return F.linear(x, weight, bias), (..., C_in) to (..., C); on a CPU, in float32, by oneDNN where that is faster.
 
-    Torch gives linear layers in float32 to MKL, convolutions to oneDNN, which took half the time where this was
-    measured (AMD EPYC). In other dtypes, on other devices, of few rows, under autocast, torch.compile and torch.export,
-    and where the operators' references are forced, it is F.linear.
+    With gradients it is a 1x1 convolution. In other dtypes, on other devices, under autocast, where a graph is
+    captured, and where the operators' references are forced, it is F.linear.
     """
-    if x.dim() < 3 or not _convolves(x, weight.numel()):
+    tokens = x.shape[:-1].numel()
+    if tokens < 32 or not _ONEDNN or not _is_plain(x, weight):
         return F.linear(x, weight, bias)
-    rows_bc1n = x.contiguous().view(-1, 1, *x.shape[-2:]).permute(0, 3, 1, 2)
-    out_bc1n = F.conv2d(rows_bc1n, weight[:, :, None, None], bias)
-    return out_bc1n.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
+    parts = (x, weight) if bias is None else (x, weight, bias)
+    if torch.is_grad_enabled() and any(part.requires_grad for part in parts):
+        # Torch gives 1x1 convolutions to oneDNN from a batch of 16 up; what that saves must make up for their cost.
+        images = next((n for n in range(16, 64) if tokens % n == 0), 0)
+        if images and (tokens - 128) * weight.numel() >= 2**23:
+            x_bc1n = x.contiguous().view(images, 1, -1, x.shape[-1]).permute(0, 3, 1, 2)
+            out_bc1n = F.conv2d(x_bc1n, weight[:, :, None, None], bias)
+            return out_bc1n.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
+        return F.linear(x, weight, bias)
+    worth = _onednn_linear is not None and tokens * weight.numel() >= 2**21
+    if worth and all(unpack_dual(part).tangent is None for part in parts):
+        out: Tensor = _onednn_linear(x, weight, bias, "none", [], "")
+        return out
+    return F.linear(x, weight, bias)
 
 
-def _convolves(x: Tensor, weights: int) -> bool:
-    """Return whether torch gives the convolution to oneDNN, and that is faster."""
-    if (
-        torch.compiler.is_compiling()
-        or use_reference()
-        or x.device.type != "cpu"
-        or x.dtype != torch.float32
-        or torch.is_autocast_enabled("cpu")
-        or not torch.backends.mkldnn.is_available()
-    ):
-        return False
-    rows, tokens = x.shape[:-2].numel(), x.shape[:-1].numel()
-    # Torch's own conditions for 1x1 convolutions: a batch of 16, or more threads than one and no small image.
-    if rows < 16 and (torch.get_num_threads() == 1 or (rows == 1 and x.numel() <= 20480)):
-        return False
-    # What it saves for each product must make up for one call's and one weight's reordering (two threads).
-    return (tokens - 128) * weights >= 2**23
+def _is_plain(x: Tensor, weight: Tensor) -> bool:
+    """Return whether these are float32 tensors on a CPU, and nothing records or changes what is done with them."""
+    return (
+        type(x) is Tensor
+        and type(weight) in (Tensor, nn.Parameter)
+        and x.device.type == "cpu"
+        and x.dtype == weight.dtype == torch.float32
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and not torch.is_autocast_enabled("cpu")
+        and not use_reference()
+    )
+
+
+if _onednn_linear is not None:
+
+    @register_flop_formula(_onednn_linear)
+    def _flops(x_shape: torch.Size, weight_shape: torch.Size, *_: Any, **__: Any) -> int:
+        return 2 * x_shape.numel() * weight_shape[0]

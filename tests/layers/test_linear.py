@@ -3,21 +3,26 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
-from effbackbones.layers import Linear, apply_linear, ops_backend
+from effbackbones.layers import Linear, apply_linear, linear, ops_backend
 
 
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Return a list that names the functions of torch that are called from now on."""
     called: list[str] = []
-    for name in ("linear", "conv2d"):
-        real = getattr(F, name)
-        monkeypatch.setattr(F, name, lambda *args, real=real, name=name: called.append(name) or real(*args))
+    for owner, name in ((F, "linear"), (F, "conv2d"), (linear, "_onednn_linear")):
+        real = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args, real=real, name=name: called.append(name) or real(*args))
     return called
 
 
+LARGE = (2, 24, 20, 96)
+
+
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
-@pytest.mark.parametrize("shape", [(2, 24, 20, 96), (1, 20, 24, 96), (3, 196, 96), (1, 5, 7, 6), (9, 6)], ids=str)
+@pytest.mark.parametrize("shape", [LARGE, (1, 20, 24, 96), (4, 197, 96), (480, 96), (1, 5, 7, 6), (2, 0, 96)], ids=str)
 def test_output_and_gradients_equal_torchs(shape, bias):
     torch.manual_seed(0)
     layer = Linear(shape[-1], 256, bias=bias)
@@ -32,33 +37,65 @@ def test_output_and_gradients_equal_torchs(shape, bias):
         grads = (torch.autograd.grad(out, leaves, cotangent) for out in (ours, expected))
         for a, b in zip(*grads, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-3)
+        with torch.no_grad():
+            inferred = layer(x)
+        assert inferred.is_contiguous()
+        torch.testing.assert_close(inferred, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
-    ("shape", "dtype", "served"),
+    ("shape", "dtype", "trained", "inferred"),
     [
-        ((2, 24, 20, 96), torch.float32, "conv2d"),
-        ((4, 500, 96), torch.float32, "linear"),  # fewer rows than torch takes to oneDNN on one thread
-        ((2, 8, 5, 96), torch.float32, "linear"),  # too few tokens to be faster
-        ((2048, 96), torch.float32, "linear"),
-        ((2, 24, 20, 96), torch.float64, "linear"),
-        ((2, 24, 20, 96), torch.bfloat16, "linear"),
+        (LARGE, torch.float32, "conv2d", "_onednn_linear"),
+        ((4, 196, 96), torch.float32, "conv2d", "_onednn_linear"),
+        ((1, 997, 96), torch.float32, "linear", "_onednn_linear"),  # a prime number of tokens: no batch
+        ((2, 10, 10, 96), torch.float32, "linear", "_onednn_linear"),  # too few for a convolution
+        ((2, 5, 4, 96), torch.float32, "linear", "linear"),
+        (LARGE, torch.float64, "linear", "linear"),
+        (LARGE, torch.bfloat16, "linear", "linear"),
     ],
     ids=str,
 )
-def test_many_tokens_of_float32_on_a_cpu_are_convolved(shape, dtype, served, monkeypatch):
-    assert torch.get_num_threads() == 1
-    called = calls(monkeypatch)
-    apply_linear(torch.randn(shape, dtype=dtype), torch.randn(256, 96, dtype=dtype))
-    assert called == [served]
+def test_onednn_serves_where_it_is_faster(shape, dtype, trained, inferred, served):
+    x, weight = torch.randn(shape, dtype=dtype), torch.randn(256, 96, dtype=dtype)
+    apply_linear(x, weight.requires_grad_())
+    with torch.no_grad():
+        apply_linear(x, weight)
+    assert served == [trained, inferred]
 
 
-def test_autocast_other_devices_and_references_take_torchs_linear(monkeypatch):
-    x, weight = torch.randn(2, 24, 20, 96), torch.randn(256, 96)
-    called = calls(monkeypatch)
+def test_a_bias_alone_has_its_gradient():
+    bias = torch.zeros(256, requires_grad=True)
+    apply_linear(torch.randn(LARGE), torch.randn(256, 96), bias).sum().backward()
+    torch.testing.assert_close(bias.grad, torch.full((256,), 960.0))
+
+
+def test_autocast_other_devices_and_references_take_torchs_linear(served):
+    x, weight = torch.randn(LARGE), torch.randn(256, 96)
     with torch.autocast("cpu", torch.bfloat16):
         assert apply_linear(x, weight).dtype == torch.bfloat16
     assert apply_linear(x.to("meta"), weight.to("meta")).shape == (2, 24, 20, 256)
     with ops_backend("reference"):
         apply_linear(x, weight)
-    assert called == ["linear"] * 3
+    assert served == ["linear"] * 3
+
+
+def test_transforms_of_torch_func():
+    x, weight = torch.randn(LARGE), torch.randn(256, 96)
+    _, tangent = torch.func.jvp(lambda x: apply_linear(x, weight), (x,), (2 * x,))
+    torch.testing.assert_close(tangent, F.linear(2 * x, weight))
+    _, tangent = torch.func.jvp(lambda weight: apply_linear(x, weight), (weight,), (2 * weight,))
+    torch.testing.assert_close(tangent, F.linear(x, 2 * weight))
+    mapped = torch.func.vmap(lambda x: apply_linear(x, weight))(x)
+    torch.testing.assert_close(mapped, F.linear(x, weight))
+
+
+def test_operations_are_counted():
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        apply_linear(torch.randn(LARGE), torch.randn(256, 96))
+    assert counter.get_total_flops() == 2 * 2 * 24 * 20 * 96 * 256
+
+
+def test_a_traced_model_has_torchs_linear():
+    traced = torch.jit.trace(Linear(96, 256).eval(), torch.randn(LARGE))
+    assert "mkldnn" not in str(traced.inlined_graph)

@@ -14,7 +14,7 @@ from effbackbones.layers.depthwise import DepthwiseResidual
 from effbackbones.layers.downsample import ConvDownsample
 from effbackbones.layers.folding import fold_norm, fold_norm_before, fold_scales
 from effbackbones.layers.head import ProjectionHead
-from effbackbones.layers.linear import Linear, apply_linear
+from effbackbones.layers.linear import Linear, apply_linear, apply_linear_bcn
 from effbackbones.layers.mlp import Mlp
 from effbackbones.layers.pos_bias import RelativePositionBias, resize_table
 from effbackbones.layers.reference import laid_out, ops_backend, use_reference
@@ -37,6 +37,7 @@ __all__ = [
     "RelativePositionBias",
     "aligned_bias",
     "apply_linear",
+    "apply_linear_bcn",
     "attend",
     "attention_backend",
     "attention_report",

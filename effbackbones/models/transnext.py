@@ -28,6 +28,7 @@ from effbackbones.layers import (
     Linear,
     aligned_bias,
     apply_linear,
+    apply_linear_bcn,
     attend,
     constant,
     use_reference,
@@ -336,13 +337,12 @@ class AggregatedAttention(Cached):
         # One product for all that reads x; its other operand is x as it lies, so that channels come first at no cost.
         sources = [p for layer in (self.q, self.kv, self.sr) for p in layer.parameters()]
         weight, bias = self.kept("weights", sources, self._joined)
-        x_bcn = x_bhwc.flatten(1, 2).mT
-        return torch.baddbmm(bias, weight.expand(x_bcn.shape[0], -1, -1), x_bcn).chunk(4, 1)
+        return apply_linear_bcn(x_bhwc.flatten(1, 2), weight, bias).chunk(4, 1)
 
     def _joined(self) -> tuple[Tensor, Tensor]:
         weight = torch.cat([self.q.weight, self.kv.weight, self.sr.weight.flatten(1)])
         biases: list[Any] = [self.q.bias, self.kv.bias, self.sr.bias]
-        return weight, torch.cat(biases).unsqueeze(-1)
+        return weight, torch.cat(biases)
 
     def forward(self, x_bhwc: Tensor) -> Tensor:
         grid = (x_bhwc.shape[1], x_bhwc.shape[2])

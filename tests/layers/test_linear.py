@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from effbackbones.layers import Linear, apply_linear, linear, ops_backend
+from effbackbones.layers import Linear, apply_linear, apply_linear_bcn, linear, ops_backend
 
 
 @pytest.fixture
@@ -41,6 +41,20 @@ def test_output_and_gradients_equal_torchs(shape, bias):
             inferred = layer(x)
         assert inferred.is_contiguous()
         torch.testing.assert_close(inferred, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(2, 480, 96), (1, 35, 96), (3, 4, 6)], ids=str)
+def test_channels_first_equal_torchs(shape):
+    leaves = [torch.randn(shape), torch.randn(256, shape[-1]), torch.randn(256)]
+    expected = F.linear(*leaves).mT
+    torch.testing.assert_close(apply_linear_bcn(*leaves), expected, rtol=1e-4, atol=1e-5)
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    ours, expected = apply_linear_bcn(*leaves), F.linear(*leaves).mT
+    assert ours.is_contiguous()
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+    cotangent = torch.randn(expected.shape)
+    for a, b in zip(*(torch.autograd.grad(out, leaves, cotangent) for out in (ours, expected)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -29,14 +29,14 @@ def apply_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     With gradients it is a 1x1 convolution. In other dtypes, on other devices, under autocast, where a graph is
     captured, and where the operators' references are forced, it is F.linear.
     """
-    tokens = x.shape[:-1].numel()
-    if _infers(tokens, x, weight, bias):
-        out: Tensor = _onednn_linear(x, weight, bias, "none", [], "")
-        return out
-    # Torch gives 1x1 convolutions to oneDNN from a batch of 16 up; what that saves must make up for their cost.
-    if (tokens - 128) * weight.numel() >= 2**23 and _ONEDNN and _is_plain(x, weight):
-        images = next((n for n in range(16, 64) if tokens % n == 0), 0)
-        if images:
+    if _is_plain(x, weight):
+        tokens = x.shape[:-1].numel()
+        if _infers(tokens, x, weight, bias):
+            out: Tensor = _onednn_linear(x, weight, bias, "none", [], "")
+            return out
+        # Torch gives 1x1 convolutions to oneDNN from a batch of 16 up; what that saves must make up for their cost.
+        worth = (tokens - 128) * weight.numel() >= 2**23
+        if worth and (images := next((n for n in range(16, 64) if tokens % n == 0), 0)):
             x_bc1n = x.contiguous().view(images, 1, -1, x.shape[-1]).permute(0, 3, 1, 2)
             out_bc1n = F.conv2d(x_bc1n, weight[:, :, None, None], bias)
             return out_bc1n.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
@@ -46,7 +46,7 @@ def apply_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
 def apply_linear_bcn(x_bnc: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Return F.linear(x_bnc, weight, bias) with the channels first, (B, C, N); by oneDNN as in `apply_linear`."""
     b, n, _ = x_bnc.shape
-    if not _infers(n, x_bnc, weight, bias):
+    if not (_is_plain(x_bnc, weight) and _infers(n, x_bnc, weight, bias)):
         return torch.baddbmm(bias.unsqueeze(-1), weight.expand(b, -1, -1), x_bnc.mT)
     out_bcn = x_bnc.new_empty(b, len(weight), n)
     for x_nc, out_cn in zip(x_bnc, out_bcn, strict=True):
@@ -54,28 +54,29 @@ def apply_linear_bcn(x_bnc: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return out_bcn
 
 
+def _is_plain(x: Tensor, weight: Tensor) -> bool:
+    """Return whether these are float32 tensors on a CPU, and nothing records or changes what is done with them."""
+    return (
+        not torch.compiler.is_compiling()
+        and _ONEDNN
+        and type(x) is Tensor
+        and type(weight) in (Tensor, nn.Parameter)
+        and x.device.type == "cpu"
+        and x.dtype == weight.dtype == torch.float32
+        and not torch.jit.is_tracing()
+        and not torch.is_autocast_enabled("cpu")
+        and not use_reference()
+    )
+
+
 def _infers(tokens: int, x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Return whether oneDNN's operator, which has no gradient, serves, and is faster."""
-    if _onednn_linear is None or tokens < 32 or tokens * weight.numel() < 2**21 or not _is_plain(x, weight):
+    """Return whether oneDNN's operator, which has no gradient, serves plain tensors, and is faster."""
+    if _onednn_linear is None or tokens < 32 or tokens * weight.numel() < 2**21:
         return False
     parts = (x, weight) if bias is None else (x, weight, bias)
     if torch.is_grad_enabled() and any(part.requires_grad for part in parts):
         return False
     return all(unpack_dual(part).tangent is None for part in parts)
-
-
-def _is_plain(x: Tensor, weight: Tensor) -> bool:
-    """Return whether these are float32 tensors on a CPU, and nothing records or changes what is done with them."""
-    return (
-        type(x) is Tensor
-        and type(weight) in (Tensor, nn.Parameter)
-        and x.device.type == "cpu"
-        and x.dtype == weight.dtype == torch.float32
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
-        and not torch.is_autocast_enabled("cpu")
-        and not use_reference()
-    )
 
 
 if _onednn_linear is not None:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounter
 from torch.utils.flop_counter import FlopCounterMode
 
 from effbackbones.layers import Linear, apply_linear, apply_linear_bcn, linear, ops_backend
@@ -113,3 +114,12 @@ def test_operations_are_counted():
 def test_a_traced_model_has_torchs_linear():
     traced = torch.jit.trace(Linear(96, 256).eval(), torch.randn(LARGE))
     assert "mkldnn" not in str(traced.inlined_graph)
+
+
+def test_compiled_layer_takes_any_number_of_tokens_with_one_compilation():
+    counter = CompileCounter()
+    layer = torch.compile(Linear(96, 256), backend=counter, dynamic=True, fullgraph=True)
+    with torch.no_grad():
+        for tokens in (20, 90, 200, 4000):
+            layer(torch.randn(2, tokens, 96))
+    assert counter.frame_count == 1

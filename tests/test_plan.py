@@ -34,7 +34,7 @@ FAMILIES = [
         )
     ),
 ]
-# Enough pixels that activations outweigh the libraries' scratch memory and the copies that convolutions make of weights.
+# Enough pixels that activations outweigh scratch memory of the libraries and copies that convolutions make of weights.
 IMAGES = ("data.batch_size=16", "data.size=128")
 
 

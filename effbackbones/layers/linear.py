@@ -1,5 +1,7 @@
 """Linear layers, by the fastest of torch's ways on a CPU."""
 
+import platform
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,10 +12,19 @@ from torch.utils.flop_counter import register_flop_formula
 
 from effbackbones.layers.reference import use_reference
 
-# torch gives F.linear in float32 to MKL; oneDNN took half the time where this was measured (AMD EPYC, AVX-512). It
-# serves convolutions, and an operator made for torch.compile that has no gradient.
-_ONEDNN = torch.backends.mkldnn.is_available()
-_onednn_linear: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if _ONEDNN else None
+
+def _mkl_leaves_avx512() -> bool:
+    """Return whether this CPU has AVX-512 and MKL does not use it, as on AMD's."""
+    info = Path("/proc/cpuinfo")
+    cpu = info.read_text(encoding="utf-8") if info.exists() else platform.processor()
+    return torch.backends.cpu.get_cpu_capability() == "AVX512" and "AuthenticAMD" in cpu
+
+
+# torch gives F.linear in float32 to MKL. Where that leaves AVX-512 unused, oneDNN took half the time (AMD EPYC); where
+# there is none, it took as long at inference and a fourth more in training. It serves convolutions, and an operator
+# made for torch.compile that has no gradient.
+_ONEDNN = torch.backends.mkldnn.is_available() and _mkl_leaves_avx512()
+_onednn_linear: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
 class Linear(nn.Linear):

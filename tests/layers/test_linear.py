@@ -1,5 +1,7 @@
 """Linear layers equal torch's, whoever computes them."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,6 +9,12 @@ from torch._dynamo.testing import CompileCounter
 from torch.utils.flop_counter import FlopCounterMode
 
 from effbackbones.layers import Linear, apply_linear, apply_linear_bcn, linear, ops_backend
+
+
+@pytest.fixture(autouse=True)
+def onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have oneDNN serve, whichever CPU this is."""
+    monkeypatch.setattr(linear, "_ONEDNN", torch.backends.mkldnn.is_available())
 
 
 @pytest.fixture
@@ -77,6 +85,17 @@ def test_onednn_serves_where_it_is_faster(shape, dtype, trained, inferred, serve
     with torch.no_grad():
         apply_linear(x, weight)
     assert served == [trained, inferred]
+
+
+@pytest.mark.parametrize(
+    ("vendor", "capability", "expected"),
+    [("AuthenticAMD", "AVX512", True), ("AuthenticAMD", "AVX2", False), ("GenuineIntel", "AVX512", False)],
+)
+def test_onednn_serves_on_cpus_whose_avx512_mkl_leaves_unused(vendor, capability, expected, monkeypatch):
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: f"vendor_id\t: {vendor}\n")
+    monkeypatch.setattr(Path, "exists", lambda _: True)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert linear._mkl_leaves_avx512() is expected
 
 
 def test_a_bias_alone_has_its_gradient():

@@ -195,8 +195,9 @@ def cpu_count() -> int:
 
 
 def cpu_name() -> str:
-    """Return the model of the CPU as the system names it."""
+    """Return the model of the CPU as the system names it, with the instructions that torch computes in on it."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    name = names[0] if names else platform.processor() or platform.machine()
+    return f"{name} ({torch.backends.cpu.get_cpu_capability()})"

@@ -15,6 +15,7 @@ import torch
 from effbackbones import __version__
 from effbackbones.bench.cases import Case
 from effbackbones.bench.run import Effort, Result
+from effbackbones.cpu import cpu_field
 from effbackbones.doctor import installed_versions
 from effbackbones.files import replacing
 
@@ -196,8 +197,5 @@ def cpu_count() -> int:
 
 def cpu_name() -> str:
     """Return the model of the CPU as the system names it, with the instructions that torch computes in on it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    name = names[0] if names else platform.processor() or platform.machine()
+    name = cpu_field("model name") or platform.processor() or platform.machine()
     return f"{name} ({torch.backends.cpu.get_cpu_capability()})"

@@ -1,7 +1,6 @@
 """Linear layers, by the fastest of torch's ways on a CPU."""
 
 import platform
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,14 +9,15 @@ from torch import Tensor, nn
 from torch.autograd.forward_ad import unpack_dual
 from torch.utils.flop_counter import register_flop_formula
 
+from effbackbones.cpu import cpu_field
 from effbackbones.layers.reference import use_reference
 
 
 def _mkl_leaves_avx512() -> bool:
     """Return whether this CPU has AVX-512 and MKL does not use it, as on AMD's."""
-    info = Path("/proc/cpuinfo")
-    cpu = info.read_text(encoding="utf-8") if info.exists() else platform.processor()
-    return torch.backends.cpu.get_cpu_capability() == "AVX512" and "AuthenticAMD" in cpu
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return False
+    return "AuthenticAMD" in (cpu_field("vendor_id") or platform.processor())
 
 
 # torch gives F.linear in float32 to MKL. Where that leaves AVX-512 unused, oneDNN took half the time (AMD EPYC); where

@@ -7,8 +7,8 @@
 - `triton`: our own kernels, on CUDA, for a bias that the batch shares, whose gradient they never hold for each of it;
 - `plain`: the formula in plain PyTorch, which keeps the N x M weights; for reference and debugging.
 
-By default (`auto`) that is xformers where it can serve the call, plain on a CPU for a bias that needs a gradient (which
-sdpa serves by the same formula in more steps), else sdpa. The environment variable
+By default (`auto`) that is xformers where it can serve the call, plain on a CPU for a bias that needs a gradient while
+the weights are few (torch's sdpa serves it by the same formula in more steps), else sdpa. The environment variable
 `EFFBACKBONES_ATTENTION` (read once, at import) and the context manager `attention_backend` force one.
 Under torch.compile and torch.export it is sdpa, unless plain is forced. `triton` serves where it is forced alone.
 
@@ -20,11 +20,12 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from effbackbones.kernels import problem as kernel_problem
 
@@ -105,7 +106,7 @@ def attend(
 
 def _pick(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout_p: float) -> str:
     if _choice == "auto":
-        if q.device.type == "cpu" and bias is not None and bias.requires_grad and torch.is_grad_enabled():
+        if _differentiates_bias_on_cpu(q, bias) and not _goes_by_blocks(q, k, v, bias, dropout_p):
             return "plain"
         host = _host(q.device)
         return "sdpa" if host.problems or why_not("xformers", q, k, v, bias, host) else "xformers"
@@ -235,8 +236,79 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float | N
     # Without contiguous head dims, or with a 3-d bias, torch leaves its fused kernels.
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     if bias is not None:
+        if not torch.compiler.is_compiling() and _goes_by_blocks(q, k, v, bias, dropout_p):
+            q, k, v = (x.to(_autocast_dtype(x)) for x in (q, k, v))
+            scale = q.shape[-1] ** -0.5 if scale is None else scale
+            bias = bias.to(q.dtype).reshape((1,) * (4 - bias.dim()) + bias.shape)
+            return _biased_by_blocks(q, k, v, bias, scale)[0]
         q, bias = _fused_bias(q, k, v, bias)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout_p, scale=scale)
+
+
+def _differentiates_bias_on_cpu(q: Tensor, bias: Tensor | None) -> bool:
+    return q.device.type == "cpu" and bias is not None and bias.requires_grad and torch.is_grad_enabled()
+
+
+_LEAST_WEIGHTS = 2**22  # fewer of them stay in the caches, where plain attention is as fast
+_LEAST_WINDOW = 2**14  # queries times keys; torch's batched products of smaller ones cost more than memory does
+_BLOCK = 2**18
+
+
+def _goes_by_blocks(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout_p: float) -> bool:
+    """Return whether attention with a bias that needs a gradient goes by blocks on this CPU."""
+    return (
+        _differentiates_bias_on_cpu(q, bias)
+        and not dropout_p
+        and q.shape[-1] <= v.shape[-1]  # narrower ones are widened
+        and q.shape[2] * k.shape[2] >= _LEAST_WINDOW
+        and q.shape[:3].numel() * k.shape[2] >= _LEAST_WEIGHTS
+    )
+
+
+class _BiasedByBlocks(torch.autograd.Function):
+    """Attention with a bias on a CPU, where torch's fused kernel has no gradient for the bias.
+
+    The forward pass is that kernel. The backward pass makes the weights again, a block of the batch at a time.
+    """
+
+    @staticmethod
+    def forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        kernel: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        out, log_sum_bhn = kernel(q, k, v, attn_mask=bias, scale=scale)
+        return out, log_sum_bhn
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        *tensors, ctx.scale = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(*tensors, *output)
+
+    @staticmethod
+    @once_differentiable
+    @torch.autocast("cpu", enabled=False)
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        *inputs, out, log_sum_bhn = ctx.saved_tensors
+        dtype = log_sum_bhn.dtype  # float32 for the narrower ones
+        q, k, v, bias = inputs
+        grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
+        grad_bias = torch.zeros_like(bias, dtype=dtype)
+        block = max(1, _BLOCK // (q.shape[1:3].numel() * k.shape[2]))
+        for i in range(0, len(q), block):
+            part = slice(i, i + block)
+            q_, k_, v_, out_, grad_ = (x[part].to(dtype) for x in (q, k, v, out, grad))
+            bias_, grad_bias_ = (x if len(bias) == 1 else x[part] for x in (bias, grad_bias))
+            q_ = q_ * ctx.scale
+            weights = (q_ @ k_.mT).add_(bias_).sub_(log_sum_bhn[part].unsqueeze(-1)).exp_()
+            scores = (grad_ @ v_.mT).sub_((grad_ * out_).sum(-1, keepdim=True)).mul_(weights)  # their gradient
+            grad_bias_ += scores.sum_to_size(grad_bias_.shape)
+            for whole, of_part in zip(
+                grads, ((scores @ k_).mul_(ctx.scale), scores.mT @ q_, weights.mT @ grad_), strict=True
+            ):
+                whole[part] = of_part
+        return *grads, grad_bias.to(bias.dtype), None
+
+
+_biased_by_blocks: Any = _BiasedByBlocks.apply
 
 
 def _xformers(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float | None, dropout_p: float) -> Tensor:

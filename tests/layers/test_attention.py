@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from effbackbones.layers import attention
 from effbackbones.layers.attention import Host, aligned_bias, attend, attention_backend, last_backend, why_not
@@ -419,6 +420,17 @@ def test_auto_on_cpu_serves_a_bias_that_needs_a_gradient_with_plain(grad, enable
     assert last_backend() == served
 
 
+def test_auto_on_cpu_serves_many_weights_with_sdpa():
+    q, k, v = inputs(b=3, heads=11, n=256, m=512, d=2, dtype=torch.float32)  # 4.3 million
+    bias = random_bias(11, 256, 512, dtype=torch.float32)
+    attend(q, k, v, bias)
+    served = [last_backend()]
+    attend(q[:2], k[:2], v[:2], bias)  # 2.9 million
+    served.append(last_backend())
+    attend(q, k, v, bias, dropout_p=0.1)
+    assert [*served, last_backend()] == ["sdpa", "plain", "plain"]
+
+
 def test_forced_xformers_on_cpu_raises_with_call_and_all_reasons():
     with attention_backend("xformers"), pytest.raises(RuntimeError) as error:
         attend(*inputs(d=3))
@@ -482,6 +494,82 @@ def test_environment_variable_with_unknown_name_raises_at_import(monkeypatch):
     expected = "EFFBACKBONES_ATTENTION is 'fast'; expected one of auto, xformers, sdpa, triton, plain"
     with pytest.raises(ValueError, match=expected):
         fresh_module()
+
+
+# ---- a bias that needs a gradient, by blocks
+
+
+@pytest.fixture
+def by_blocks(monkeypatch) -> list[tuple]:
+    """Let attention go by blocks however small it is; the list has the shapes of each call."""
+    calls = []
+
+    def record(*args):
+        calls.append(tuple(x.shape for x in args[:4]))
+        return attention._BiasedByBlocks.apply(*args)
+
+    monkeypatch.setattr(attention, "_LEAST_WEIGHTS", 1)
+    monkeypatch.setattr(attention, "_LEAST_WINDOW", 1)
+    monkeypatch.setattr(attention, "_BLOCK", 250)  # two of a batch of five
+    monkeypatch.setattr(attention, "_biased_by_blocks", record)
+    return calls
+
+
+@pytest.mark.parametrize("d_v", [8, 12])
+@pytest.mark.parametrize("shape", [*BIAS_SHAPES[1:5], (5, 3, 5, 7), (5, 1, 1, 7), (5, 3, 5, 1), (1, 1)])
+def test_blocks_have_values_and_gradients_of_the_formula(by_blocks, shape, d_v):
+    assert_matches_formula(*inputs(b=5, d_v=d_v), random_bias(*shape))
+    assert_matches_formula(*inputs(b=5, d_v=d_v), random_bias(*shape), scale=0.3)
+    assert len(by_blocks) == 2
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)])
+def test_blocks_in_other_dtypes(by_blocks, dtype, tolerance):
+    assert_matches_formula(*inputs(b=5, dtype=dtype), random_bias(3, 5, 7, dtype=dtype), tolerance=tolerance)
+    assert len(by_blocks) == 1
+
+
+def test_blocks_under_autocast_compute_in_its_dtype(by_blocks):
+    q, k, v = inputs(b=5, dtype=torch.float32)
+    bias = random_bias(3, 5, 7, dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = attend(q, k, v, bias)
+        grads = torch.autograd.grad(out.float().square().sum(), (q, k, v, bias))
+    assert out.dtype == torch.bfloat16
+    expected = torch.autograd.grad(formula(q, k, v, bias).square().sum(), (q, k, v, bias))
+    for ours, theirs in zip(grads, expected, strict=True):
+        assert ours.dtype == torch.float32
+        assert (ours - theirs).abs().max() < 3e-2 * theirs.abs().max()
+    assert len(by_blocks) == 1
+
+
+def test_blocks_keep_no_weights(by_blocks):
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.shape) or x, lambda x: x):
+        attend(*inputs(n=50, m=70), random_bias(3, 50, 70))
+    assert (2, 3, 50, 8) in saved
+    assert (2, 3, 50, 70) not in saved
+
+
+def test_blocks_serve_torch_func_and_checkpointed_calls(by_blocks):
+    leaves = [*inputs(b=5), random_bias(3, 5, 7)]
+
+    def loss(*args):
+        return attend(*args).square().sum()
+
+    expected = torch.autograd.grad(formula(*leaves).square().sum(), leaves)
+    checkpointed = torch.autograd.grad(checkpoint(loss, *leaves, use_reentrant=False), leaves)
+    for grads in (torch.func.grad(loss, (0, 1, 2, 3))(*leaves), checkpointed):
+        for ours, theirs in zip(grads, expected, strict=True):
+            assert (ours - theirs).abs().max() < 1e-12
+    assert len(by_blocks) >= 2
+
+
+def test_blocks_have_no_second_derivative_and_say_so(by_blocks):
+    leaves = [*inputs(b=5), random_bias(3, 5, 7)]
+    grads = torch.autograd.grad(attend(*leaves).square().sum(), leaves, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        grads[0].sum().backward()
 
 
 # ---- torch.compile and torch.export

@@ -239,8 +239,9 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float | N
         if not torch.compiler.is_compiling() and _goes_by_blocks(q, k, v, bias, dropout_p):
             q, k, v = (x.to(_autocast_dtype(x)) for x in (q, k, v))
             scale = q.shape[-1] ** -0.5 if scale is None else scale
-            bias = bias.to(q.dtype).reshape((1,) * (4 - bias.dim()) + bias.shape)
-            return _biased_by_blocks(q, k, v, bias, scale)[0]
+            q, bias = _fused_bias(q, k, v, bias)
+            out: Tensor = _BiasedByBlocks.apply(q, k, v, bias, scale)[0]
+            return out
         q, bias = _fused_bias(q, k, v, bias)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout_p, scale=scale)
 
@@ -268,7 +269,8 @@ def _goes_by_blocks(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropou
 class _BiasedByBlocks(torch.autograd.Function):
     """Attention with a bias on a CPU, where torch's fused kernel has no gradient for the bias.
 
-    The forward pass is that kernel. The backward pass makes the weights again, a block of the batch at a time.
+    The forward pass is that kernel. The backward pass makes the weights again, a block of the batch at a time, and has
+    no derivative of its own.
     """
 
     @staticmethod
@@ -287,10 +289,9 @@ class _BiasedByBlocks(torch.autograd.Function):
     @once_differentiable
     @torch.autocast("cpu", enabled=False)
     def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        *inputs, out, log_sum_bhn = ctx.saved_tensors
+        q, k, v, bias, out, log_sum_bhn = ctx.saved_tensors
         dtype = log_sum_bhn.dtype  # float32 for the narrower ones
-        q, k, v, bias = inputs
-        grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
+        grad_q, grad_k, grad_v = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
         grad_bias = torch.zeros_like(bias, dtype=dtype)
         block = max(1, _BLOCK // (q.shape[1:3].numel() * k.shape[2]))
         for i in range(0, len(q), block):
@@ -301,14 +302,10 @@ class _BiasedByBlocks(torch.autograd.Function):
             weights = (q_ @ k_.mT).add_(bias_).sub_(log_sum_bhn[part].unsqueeze(-1)).exp_()
             scores = (grad_ @ v_.mT).sub_((grad_ * out_).sum(-1, keepdim=True)).mul_(weights)  # their gradient
             grad_bias_ += scores.sum_to_size(grad_bias_.shape)
-            for whole, of_part in zip(
-                grads, ((scores @ k_).mul_(ctx.scale), scores.mT @ q_, weights.mT @ grad_), strict=True
-            ):
-                whole[part] = of_part
-        return *grads, grad_bias.to(bias.dtype), None
-
-
-_biased_by_blocks: Any = _BiasedByBlocks.apply
+            grad_q[part] = (scores @ k_).mul_(ctx.scale)
+            grad_k[part] = scores.mT @ q_
+            grad_v[part] = weights.mT @ grad_
+        return grad_q, grad_k, grad_v, grad_bias.to(bias.dtype), None
 
 
 def _xformers(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float | None, dropout_p: float) -> Tensor:
@@ -348,9 +345,7 @@ _FUNCTIONS = {"xformers": _xformers, "sdpa": _sdpa, "triton": _triton, "plain": 
 
 def _fused_bias(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """Return q and the bias as the fused kernels need them: the bias 4-d and in q's dtype, q in the bias's graph."""
-    bias = bias.to(q.dtype)
-    if bias.dim() == 3:
-        bias = bias[None]
+    bias = bias.to(q.dtype).reshape((1,) * (4 - bias.dim()) + bias.shape)
     if bias.requires_grad and torch.is_grad_enabled() and not (q.requires_grad or k.requires_grad or v.requires_grad):
         # Where none of q, k, v needs a gradient, xformers returns none for the bias, and the CUDA kernel of torch
         # before pytorch#188302 reads invalid memory in its backward pass. An empty sum is an exact zero.

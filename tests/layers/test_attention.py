@@ -501,17 +501,18 @@ def test_environment_variable_with_unknown_name_raises_at_import(monkeypatch):
 
 @pytest.fixture
 def by_blocks(monkeypatch) -> list[tuple]:
-    """Let attention go by blocks however small it is; the list has the shapes of each call."""
+    """Let attention go by blocks however small it is; the list has the arguments of each call."""
     calls = []
+    apply = attention._BiasedByBlocks.apply
 
     def record(*args):
-        calls.append(tuple(x.shape for x in args[:4]))
-        return attention._BiasedByBlocks.apply(*args)
+        calls.append(args)
+        return apply(*args)
 
     monkeypatch.setattr(attention, "_LEAST_WEIGHTS", 1)
     monkeypatch.setattr(attention, "_LEAST_WINDOW", 1)
     monkeypatch.setattr(attention, "_BLOCK", 250)  # two of a batch of five
-    monkeypatch.setattr(attention, "_biased_by_blocks", record)
+    monkeypatch.setattr(attention._BiasedByBlocks, "apply", record)
     return calls
 
 

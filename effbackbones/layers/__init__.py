@@ -17,6 +17,7 @@ from effbackbones.layers.head import ProjectionHead
 from effbackbones.layers.linear import Linear, apply_linear, apply_linear_bcn
 from effbackbones.layers.mlp import Mlp
 from effbackbones.layers.pos_bias import RelativePositionBias, resize_table
+from effbackbones.layers.recompute import recomputed
 from effbackbones.layers.reference import laid_out, ops_backend, use_reference
 from effbackbones.layers.scale import layer_scales, scaled
 from effbackbones.layers.window import (
@@ -52,6 +53,7 @@ __all__ = [
     "layer_scales",
     "ops_backend",
     "pad_to_windows",
+    "recomputed",
     "resize_table",
     "scaled",
     "served_backends",

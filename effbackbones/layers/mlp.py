@@ -5,6 +5,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from effbackbones.layers.linear import Linear
+from effbackbones.layers.recompute import recomputed
 
 
 class Mlp(nn.Module):
@@ -17,4 +18,4 @@ class Mlp(nn.Module):
         self.fc2 = layer(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.act(self.fc1(x)))
+        return recomputed(lambda y: self.fc2(self.act(y)), self.fc1(x))

@@ -29,6 +29,7 @@ from effbackbones.layers import (
     constant,
     join_window_heads,
     join_windows,
+    recomputed,
     split_window_heads,
     use_reference,
 )
@@ -130,7 +131,7 @@ class ConvMlp(nn.Module):
 
     def forward(self, x_bhwc: Tensor) -> Tensor:
         x_bchw = self.dwconv(self.fc1(x_bhwc).permute(0, 3, 1, 2))
-        return self.fc2(self.act(x_bchw.permute(0, 2, 3, 1)))
+        return recomputed(lambda y_bhwc: self.fc2(self.act(y_bhwc)), x_bchw.permute(0, 2, 3, 1))
 
 
 def attend_and_count(q_bhnd: Tensor, k_bhmd: Tensor, v_bhmd: Tensor) -> tuple[Tensor, Tensor]:

@@ -29,6 +29,7 @@ from effbackbones.layers import (
     fold_scales,
     laid_out,
     layer_scales,
+    recomputed,
     scaled,
     use_reference,
 )
@@ -81,7 +82,7 @@ class ConvMlp(nn.Module):
         if use_reference():
             x_bchw = self.conv(self.act(conv1x1(self.fc1, x_bhwc.permute(0, 3, 1, 2))))
             return conv1x1(self.fc2, x_bchw).permute(0, 2, 3, 1)
-        x_bchw = self.conv(self.act(self.fc1(x_bhwc)).permute(0, 3, 1, 2))
+        x_bchw = recomputed(lambda y_bhwc: self.conv(self.act(y_bhwc).permute(0, 3, 1, 2)), self.fc1(x_bhwc))
         return self.fc2(x_bchw.permute(0, 2, 3, 1))
 
 

@@ -31,6 +31,7 @@ from effbackbones.layers import (
     apply_linear_bcn,
     attend,
     constant,
+    recomputed,
     use_reference,
 )
 from effbackbones.models._hierarchical import (
@@ -76,7 +77,7 @@ class ConvGlu(nn.Module):
         weights, biases = self.fc1.weight.chunk(2), self.fc1.bias.chunk(2)
         x, gate = (apply_linear(x_bhwc, weight, bias) for weight, bias in zip(weights, biases, strict=True))
         x = self.dwconv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return self.fc2(F.gelu(x) * gate)
+        return recomputed(lambda y: self.fc2(F.gelu(y) * gate), x)
 
 
 class LogPositionBias(Cached):

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
 from effbackbones.checkpoint import CheckpointError, Loaded
-from effbackbones.layers import ProjectionHead, attention_backend, ops_backend
+from effbackbones.layers import ProjectionHead, attention_backend, ops_backend, recompute
 from effbackbones.models._hierarchical import checkpoint_filter_fn
 from effbackbones.models._zoo import ZOO
 
@@ -499,6 +499,18 @@ def test_grad_checkpointing_gives_equal_gradients(name, dense):
     model.set_grad_checkpointing(False)
     gradients(model, x)
     assert recomputed == [0, 1, 2, 3]
+
+
+@each_class
+@each_mode
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["alone", "checkpointing"])
+def test_activations_computed_twice_give_equal_gradients(name, dense, checkpointing, monkeypatch):
+    model, x = own(name, dense, drop_path_rate=0.3).train(), images(2, 3, 64, 64)
+    expected = gradients(model, x)
+    monkeypatch.setattr(recompute, "_LARGE", 1)
+    model.set_grad_checkpointing(checkpointing)
+    got = gradients(model, x)
+    assert [key for key, grad in expected.items() if not torch.equal(got[key], grad)] == []
 
 
 @each_class

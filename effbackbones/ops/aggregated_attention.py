@@ -143,7 +143,8 @@ def _gradients(grid: Pair, grad_bhdn: Tensor, *inputs: Tensor) -> tuple[Tensor, 
     k_flat, v_flat = _flat(k_bhdn, grid), _flat(v_bhdn, grid)
     sums = [k_flat, v_flat, k_pool_bhdp, v_pool_bhdp, bias_ho, tokens_hdo, token_bias_ho]
     dk_flat, dv_flat, dk_pool, dv_pool, d_bias, d_tokens, d_token_bias = (torch.zeros_like(x) for x in sums)
-    dq, dq_unit, d_pool_bias = [], [], []
+    dq, dq_unit = [], []
+    d_pool_bias = pool_bias.new_empty(pool_bias.shape)
     for rows in _stripes(grid, q_bhdn, k_pool_bhdp):
         q, q_unit, grad = (_tokens(x, rows, grid) for x in (q_bhdn, q_unit_bhdn, grad_bhdn))
         weights, local_bhon = _weights(q, q_unit, _cells(k_flat, rows, grid), k_pool_bhdp, biases, rows, grid)
@@ -167,10 +168,12 @@ def _gradients(grid: Pair, grad_bhdn: Tensor, *inputs: Tensor) -> tuple[Tensor, 
         d_bias += ds_bhon.sum((0, 3))
         d_tokens += (q_unit @ dw_bhon.mT).sum(0)
         d_token_bias += dw_bhon.sum((0, 3))
-        d_pool_bias.append(ds_bhpn.sum(0).unflatten(2, (-1, grid[1])))
+        of_rows = ds_bhpn.sum(0).unflatten(2, (-1, grid[1])).unflatten(1, pool_bias.shape[1:3])
+        d_pool_bias[:, :, :, rows[0] : rows[1]] = of_rows
     dk_bhdn, dv_bhdn = (x[..., grid[1] + 1 : -grid[1] - 1] for x in (dk_flat, dv_flat))
-    d_pool = _joined(d_pool_bias, 2).unflatten(1, pool_bias.shape[1:3])
-    return _joined(dq), _joined(dq_unit), dk_bhdn, dv_bhdn, dk_pool, dv_pool, d_bias, d_tokens, d_token_bias, d_pool
+    dq_bhdn, dq_unit_bhdn = _joined(dq), _joined(dq_unit)
+    d_biases = d_bias, d_tokens, d_token_bias, d_pool_bias
+    return dq_bhdn, dq_unit_bhdn, dk_bhdn, dv_bhdn, dk_pool, dv_pool, *d_biases
 
 
 def _weights(
@@ -208,9 +211,9 @@ def _tokens(x_bhdn: Tensor, rows: Pair, grid: Pair) -> Tensor:
     return x_bhdn[..., rows[0] * grid[1] : rows[1] * grid[1]]
 
 
-def _joined(stripes: list[Tensor], dim: int = -1) -> Tensor:
+def _joined(stripes: list[Tensor]) -> Tensor:
     """Return the stripes as one tensor, without a copy where there is but one."""
-    return torch.cat(stripes, dim) if len(stripes) > 1 else stripes[0]
+    return torch.cat(stripes, -1) if len(stripes) > 1 else stripes[0]
 
 
 def _stripes(grid: Pair, q_bhdn: Tensor, k_pool_bhdp: Tensor) -> list[Pair]:

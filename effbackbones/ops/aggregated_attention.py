@@ -171,9 +171,8 @@ def _gradients(grid: Pair, grad_bhdn: Tensor, *inputs: Tensor) -> tuple[Tensor, 
         of_rows = ds_bhpn.sum(0).unflatten(2, (-1, grid[1])).unflatten(1, pool_bias.shape[1:3])
         d_pool_bias[:, :, :, rows[0] : rows[1]] = of_rows
     dk_bhdn, dv_bhdn = (x[..., grid[1] + 1 : -grid[1] - 1] for x in (dk_flat, dv_flat))
-    dq_bhdn, dq_unit_bhdn = _joined(dq), _joined(dq_unit)
     d_biases = d_bias, d_tokens, d_token_bias, d_pool_bias
-    return dq_bhdn, dq_unit_bhdn, dk_bhdn, dv_bhdn, dk_pool, dv_pool, *d_biases
+    return _joined(dq), _joined(dq_unit), dk_bhdn, dv_bhdn, dk_pool, dv_pool, *d_biases
 
 
 def _weights(

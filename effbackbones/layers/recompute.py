@@ -19,8 +19,9 @@ def recomputed(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     input, is not computed twice. Nothing is computed twice at inference, in a graph (torch.compile chooses for itself),
     within the transforms of torch.func (they know no checkpoints), and where the operators' references are forced.
     """
-    if x.numel() < _LARGE or not (x.requires_grad and torch.is_grad_enabled()):
+    # The size comes last: to ask for it in a graph of any batch would tie the graph to an answer.
+    if not (x.requires_grad and torch.is_grad_enabled()) or torch.compiler.is_compiling():
         return function(x)
-    if use_reference() or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if use_reference() or torch._C._are_functorch_transforms_active() or x.numel() < _LARGE:
         return function(x)
     return checkpoint(function, x, use_reentrant=False)

@@ -112,3 +112,12 @@ def test_second_derivatives(everything_large):
     x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(2, 4, dtype=torch.float64, requires_grad=True)
     torch.autograd.gradgradcheck(lambda y, w: recomputed(lambda z: F.linear(F.gelu(z), w), y), (x, weight))
+
+
+def test_graph_of_any_batch_is_not_tied_to_a_size():
+    """A batch of 2, below the size of a large input, and one that is above it, share a graph."""
+    batch = torch.export.Dim("batch", min=1, max=2 * recompute._LARGE)
+    mlp = Mlp(8, 16)
+    program = torch.export.export(mlp, (torch.randn(2, 8),), dynamic_shapes=({0: batch},))
+    x = torch.randn(5, 8)
+    torch.testing.assert_close(program.module()(x), mlp(x))

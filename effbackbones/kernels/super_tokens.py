@@ -56,19 +56,30 @@ def _associate(
 
 
 @triton.jit
-def _gather(q_ptr, x_ptr, s_ptr, height, width, n, c, X: tl.constexpr, C: tl.constexpr):
+def _sum_cells(q_ptr, x_ptr, part_ptr, n, c, X: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr):
+    """Sum a cell's pixels for each of the super tokens around it."""
     cell = tl.program_id(0).to(tl.int64)
-    channels = tl.program_id(1) * C + tl.arange(0, C)
-    total = tl.zeros((C,), tl.float32)
-    for k in tl.static_range(9):
-        other, inside = _around(cell, k, height, width)
-        for first in range(0, n, X):
-            x = first + tl.arange(0, X)
-            weights = tl.load(q_ptr + (other * 9 + 8 - k) * n + x, inside & (x < n), 0.0)  # this cell is its 8 - k
-            at = (other * n + x[:, None]) * c + channels[None, :]
-            pixels = tl.load(x_ptr + at, inside & (x[:, None] < n) & (channels[None, :] < c), 0.0)
-            total += tl.sum(weights[:, None].to(tl.float32) * pixels.to(tl.float32), 0)
-    tl.store(s_ptr + cell * c + channels, total, channels < c)
+    channels, k = tl.program_id(1) * C + tl.arange(0, C), tl.arange(0, 16)
+    total = tl.zeros((16, C), tl.float32)
+    for first in range(0, n, X):
+        x = first + tl.arange(0, X)
+        weights = tl.load(q_ptr + (cell * 9 + k[:, None]) * n + x[None, :], (k[:, None] < 9) & (x[None, :] < n), 0.0)
+        pixels_at = (cell * n + x[:, None]) * c + channels[None, :]
+        pixels = tl.load(x_ptr + pixels_at, (x[:, None] < n) & (channels[None, :] < c), 0.0)
+        total += tl.dot(weights, pixels.to(weights.dtype), input_precision=PRECISION)
+    at = (cell * 9 + k[:, None]) * c + channels[None, :]
+    tl.store(part_ptr + at, total, (k[:, None] < 9) & (channels[None, :] < c))
+
+
+@triton.jit
+def _collect(part_ptr, s_ptr, height, width, c, C: tl.constexpr):
+    """Sum what the cells around a super token have for it."""
+    cell = tl.program_id(0).to(tl.int64)
+    channels, k = tl.program_id(1) * C + tl.arange(0, C), tl.arange(0, 16)
+    others, inside = _around(cell, k, height, width)
+    at = (others[:, None] * 9 + 8 - k[:, None]) * c + channels[None, :]  # to them, this cell is neighbour 8 - k
+    parts = tl.load(part_ptr + at, inside[:, None] & (channels[None, :] < c), 0.0)
+    tl.store(s_ptr + cell * c + channels, tl.sum(parts, 0), channels < c)
 
 
 @triton.jit
@@ -78,8 +89,8 @@ def _spread(
     cell = tl.program_id(0).to(tl.int64)
     channels, k = tl.program_id(1) * C + tl.arange(0, C), tl.arange(0, 16)
     others, inside = _around(cell, k, height, width)
-    at = others[:, None] * c + channels[None, :]
-    tokens = tl.load(s_ptr + at, inside[:, None] & (channels[None, :] < c), 0.0)
+    tokens_at = others[:, None] * c + channels[None, :]
+    tokens = tl.load(s_ptr + tokens_at, inside[:, None] & (channels[None, :] < c), 0.0)
     for first in range(0, n, X):
         x = first + tl.arange(0, X)
         at = cell * 9 * n + k[None, :] * n + x[:, None]
@@ -124,8 +135,10 @@ def gather(q_gkn: Tensor, x_gnc: Tensor, height: int, width: int) -> Tensor:
     q_gkn, x_gnc = q_gkn.contiguous(), x_gnc.contiguous()
     cells, n, c = x_gnc.shape
     s_bhwc = x_gnc.new_empty(cells // (height * width), height, width, c, dtype=torch.float32)
-    settings = _settings(x_gnc)
-    _gather[cells, triton.cdiv(c, settings["C"])](q_gkn, x_gnc, s_bhwc, height, width, n, c, **settings)
+    part_gkc, settings = s_bhwc.new_empty(cells, 9, c), _settings(x_gnc)
+    grid = cells, triton.cdiv(c, settings["C"])
+    _sum_cells[grid](q_gkn, x_gnc, part_gkc, n, c, **settings, PRECISION=_precision(q_gkn))
+    _collect[grid](part_gkc, s_bhwc, height, width, c, C=settings["C"], num_warps=1)
     return s_bhwc
 
 
@@ -186,7 +199,7 @@ def _settings(x_gnc: Tensor) -> dict[str, Any]:
 
 
 def _precision(x: Tensor) -> str:
-    return "ieee" if x.dtype == torch.float32 else "tf32"
+    return "tf32x3" if x.dtype == torch.float32 else "tf32"
 
 
 def trial(device: torch.device) -> None:

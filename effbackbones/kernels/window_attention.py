@@ -15,8 +15,8 @@ from torch import Tensor
 
 from effbackbones.kernels.softmax import absorb, slopes_of
 
-SPLITS = 64
-"""Parts, at most, that the windows are summed in."""
+PROGRAMS = 1024
+"""Programs, about, that the bias's gradient is computed by: the windows are summed in parts for that."""
 
 
 @triton.jit
@@ -27,6 +27,12 @@ def _tile(base, rows, columns, row_stride, n_rows, n_columns):
 
 
 @triton.jit
+def _put(base, values, rows, columns, n_rows, n_columns):
+    inside = (rows[:, None] < n_rows) & (columns[None, :] < n_columns)
+    tl.store(base + rows[:, None] * n_columns + columns[None, :], values, inside)
+
+
+@triton.jit
 def _two(a_ptr, b_ptr, window_head, rows, n_rows, d, d_v, D: tl.constexpr, D_V: tl.constexpr):
     """Load the same rows of two tensors of a window and head, one of d channels and one of d_v: q and grad, k and v."""
     a = _tile(a_ptr + window_head * n_rows * d, rows, tl.arange(0, D), d, n_rows, d)
@@ -34,10 +40,9 @@ def _two(a_ptr, b_ptr, window_head, rows, n_rows, d, d_v, D: tl.constexpr, D_V: 
 
 
 @triton.jit
-def _scores(q, k, bias, i, j, n, m, scale, PRECISION: tl.constexpr):
+def _scores(q, k, bias, j, m, scale, PRECISION: tl.constexpr):
     """Return a tile of the scores; minus infinity beyond the keys."""
-    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
-    scores += _tile(bias, i, j, m, n, m).to(tl.float32)
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale + bias
     return tl.where(j[None, :] < m, scores, float("-inf"))
 
 
@@ -56,10 +61,9 @@ def _forward(
     for start in range(0, m, M):
         j = start + tl.arange(0, M)
         k, v = _two(k_ptr, v_ptr, window_head, j, m, d, d_v, D, D_V)
-        scores = _scores(q, k, bias, i, j, n, m, scale, PRECISION)
+        scores = _scores(q, k, _tile(bias, i, j, m, n, m).to(tl.float32), j, m, scale, PRECISION)
         top, total, y = absorb(top, total, y, scores, v, PRECISION)
-    inside = (i[:, None] < n) & (c_v[None, :] < d_v)
-    tl.store(y_ptr + window_head * n * d_v + i[:, None] * d_v + c_v[None, :], y / total[:, None], inside)
+    _put(y_ptr + window_head * n * d_v, y / total[:, None], i, c_v, n, d_v)
     tl.store(lse_ptr + window_head * n + i, top + tl.log(total), i < n)
 
 
@@ -68,9 +72,39 @@ def _weights_and_slopes(
     q, k, v, grad, bias, lse, delta, i, j, n, m, scale, PRECISION: tl.constexpr
 ):  # fmt: skip
     """Return a tile of the weights and of the gradients of the scores, zeros beyond them."""
-    scores = _scores(q, k, bias, i, j, n, m, scale, PRECISION)
+    scores = _scores(q, k, bias, j, m, scale, PRECISION)
     weights = tl.where(i[:, None] < n, tl.exp(scores - lse[:, None]), 0.0)
     return weights, slopes_of(weights, v, grad, delta, PRECISION)
+
+
+@triton.jit
+def _gradients_of_windows(
+    q_ptr, k_ptr, v_ptr, bias_ptr, y_ptr, lse_ptr, grad_ptr, dq_ptr, dk_ptr, dv_ptr, part_ptr, scale,
+    windows, splits, heads, n, m, d, d_v,
+    N: tl.constexpr, M: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Compute all gradients of windows that are one tile each."""
+    head, split = tl.program_id(0) % heads, tl.program_id(0) // heads
+    i, j, c, c_v = tl.arange(0, N), tl.arange(0, M), tl.arange(0, D), tl.arange(0, D_V)
+    bias = _tile(bias_ptr + head * n * m, i, j, m, n, m).to(tl.float32)
+    total = tl.zeros((N, M), tl.float32)
+    for window in range(split, windows, splits):
+        window_head = (window * heads + head).to(tl.int64)
+        q, grad = _two(q_ptr, grad_ptr, window_head, i, n, d, d_v, D, D_V)
+        k, v = _two(k_ptr, v_ptr, window_head, j, m, d, d_v, D, D_V)
+        y = _tile(y_ptr + window_head * n * d_v, i, c_v, d_v, n, d_v)
+        delta = tl.sum(grad.to(tl.float32) * y.to(tl.float32), 1)
+        lse = tl.load(lse_ptr + window_head * n + i, i < n, 0.0)
+        weights, slopes = _weights_and_slopes(q, k, v, grad, bias, lse, delta, i, j, n, m, scale, PRECISION)
+        total += slopes
+        slopes = slopes.to(q.dtype)
+        dq = tl.dot(slopes, k, input_precision=PRECISION) * scale
+        dk = tl.dot(tl.trans(slopes), q, input_precision=PRECISION) * scale
+        dv = tl.dot(tl.trans(weights.to(grad.dtype)), grad, input_precision=PRECISION)
+        _put(dq_ptr + window_head * n * d, dq, i, c, n, d)
+        _put(dk_ptr + window_head * m * d, dk, j, c, m, d)
+        _put(dv_ptr + window_head * m * d_v, dv, j, c_v, m, d_v)
+    _put(part_ptr + (split * heads + head).to(tl.int64) * n * m, total, i, j, n, m)
 
 
 @triton.jit
@@ -85,15 +119,15 @@ def _gradient_of_queries(
     delta = tl.sum(grad.to(tl.float32) * y.to(tl.float32), 1)
     tl.store(delta_ptr + window_head * n + i, delta, i < n)
     lse = tl.load(lse_ptr + window_head * n + i, i < n, 0.0)
-    bias = bias_ptr + (window_head % heads) * n * m
+    bias_at = (window_head % heads) * n * m
     dq = tl.zeros((N, D), tl.float32)
     for start in range(0, m, M):
         j = start + tl.arange(0, M)
         k, v = _two(k_ptr, v_ptr, window_head, j, m, d, d_v, D, D_V)
+        bias = _tile(bias_ptr + bias_at, i, j, m, n, m).to(tl.float32)
         _, slopes = _weights_and_slopes(q, k, v, grad, bias, lse, delta, i, j, n, m, scale, PRECISION)
         dq += tl.dot(slopes.to(k.dtype), k, input_precision=PRECISION)
-    inside = (i[:, None] < n) & (c[None, :] < d)
-    tl.store(dq_ptr + window_head * n * d + i[:, None] * d + c[None, :], dq * scale, inside)
+    _put(dq_ptr + window_head * n * d, dq * scale, i, c, n, d)
 
 
 @triton.jit
@@ -104,22 +138,19 @@ def _gradients_of_keys(
     window_head = tl.program_id(0).to(tl.int64)
     j, c, c_v = tl.program_id(1) * M + tl.arange(0, M), tl.arange(0, D), tl.arange(0, D_V)
     k, v = _two(k_ptr, v_ptr, window_head, j, m, d, d_v, D, D_V)
-    bias = bias_ptr + (window_head % heads) * n * m
+    bias_at = (window_head % heads) * n * m
     dk, dv = tl.zeros((M, D), tl.float32), tl.zeros((M, D_V), tl.float32)
     for start in range(0, n, N):
         i = start + tl.arange(0, N)
         q, grad = _two(q_ptr, grad_ptr, window_head, i, n, d, d_v, D, D_V)
         lse = tl.load(lse_ptr + window_head * n + i, i < n, 0.0)
         delta = tl.load(delta_ptr + window_head * n + i, i < n, 0.0)
+        bias = _tile(bias_ptr + bias_at, i, j, m, n, m).to(tl.float32)
         weights, slopes = _weights_and_slopes(q, k, v, grad, bias, lse, delta, i, j, n, m, scale, PRECISION)
         dk += tl.dot(tl.trans(slopes.to(q.dtype)), q, input_precision=PRECISION)
         dv += tl.dot(tl.trans(weights.to(grad.dtype)), grad, input_precision=PRECISION)
-    tl.store(
-        dk_ptr + window_head * m * d + j[:, None] * d + c[None, :], dk * scale, (j[:, None] < m) & (c[None, :] < d)
-    )
-    tl.store(
-        dv_ptr + window_head * m * d_v + j[:, None] * d_v + c_v[None, :], dv, (j[:, None] < m) & (c_v[None, :] < d_v)
-    )
+    _put(dk_ptr + window_head * m * d, dk * scale, j, c, m, d)
+    _put(dv_ptr + window_head * m * d_v, dv, j, c_v, m, d_v)
 
 
 @triton.jit
@@ -129,6 +160,7 @@ def _gradient_of_bias(
 ):  # fmt: skip
     head, split = tl.program_id(0) % heads, tl.program_id(0) // heads
     i, j = tl.program_id(1) * N + tl.arange(0, N), tl.program_id(2) * M + tl.arange(0, M)
+    bias = _tile(bias_ptr + head * n * m, i, j, m, n, m).to(tl.float32)
     total = tl.zeros((N, M), tl.float32)
     for window in range(split, windows, splits):
         window_head = (window * heads + head).to(tl.int64)
@@ -136,11 +168,9 @@ def _gradient_of_bias(
         k, v = _two(k_ptr, v_ptr, window_head, j, m, d, d_v, D, D_V)
         lse = tl.load(lse_ptr + window_head * n + i, i < n, 0.0)
         delta = tl.load(delta_ptr + window_head * n + i, i < n, 0.0)
-        bias = bias_ptr + head * n * m
         _, slopes = _weights_and_slopes(q, k, v, grad, bias, lse, delta, i, j, n, m, scale, PRECISION)
         total += slopes
-    part = part_ptr + (split * heads + head).to(tl.int64) * n * m
-    tl.store(part + i[:, None] * m + j[None, :], total, (i[:, None] < n) & (j[None, :] < m))
+    _put(part_ptr + (split * heads + head).to(tl.int64) * n * m, total, i, j, n, m)
 
 
 def window_attention(q_bhnd: Tensor, k_bhmd: Tensor, v_bhmd: Tensor, bias_1hnm: Tensor, scale: float) -> Tensor:
@@ -177,17 +207,23 @@ def _gradients(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor, y: Tensor, lse: Tensor, grad: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     q, k, v, bias, grad = (x.contiguous() for x in (q, k, v, bias, grad))
-    dq, dk, dv, delta = (torch.empty_like(x) for x in (q, k, v, lse))
+    dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
     (windows, heads), sizes = q.shape[:2], _sizes(q, k, v)
     (i_tiles, j_tiles), settings = _settings(q, k, v)
-    splits = min(SPLITS, windows)
+    splits = min(windows, triton.cdiv(PROGRAMS, heads * i_tiles * j_tiles))
     part = q.new_empty(splits, *bias.shape[1:], dtype=torch.float32)
-    common = (q, k, v, bias)
-    _gradient_of_queries[windows * heads, i_tiles](*common, y, lse, grad, delta, dq, scale, *sizes, **settings)
-    _gradients_of_keys[windows * heads, j_tiles](*common, lse, grad, delta, dk, dv, scale, *sizes, **settings)
-    _gradient_of_bias[heads * splits, i_tiles, j_tiles](
-        *common, lse, grad, delta, part, scale, windows, splits, *sizes, **settings
-    )
+    common = q, k, v, bias
+    if i_tiles == j_tiles == 1:
+        _gradients_of_windows[(heads * splits,)](
+            *common, y, lse, grad, dq, dk, dv, part, scale, windows, splits, *sizes, **settings
+        )
+    else:
+        delta = torch.empty_like(lse)
+        _gradient_of_queries[windows * heads, i_tiles](*common, y, lse, grad, delta, dq, scale, *sizes, **settings)
+        _gradients_of_keys[windows * heads, j_tiles](*common, lse, grad, delta, dk, dv, scale, *sizes, **settings)
+        _gradient_of_bias[heads * splits, i_tiles, j_tiles](
+            *common, lse, grad, delta, part, scale, windows, splits, *sizes, **settings
+        )
     return dq, dk, dv, part.sum(0, keepdim=True).to(bias.dtype)
 
 
@@ -220,9 +256,9 @@ def _settings(q: Tensor, k: Tensor, v: Tensor) -> tuple[tuple[int, int], dict[st
     """Return how many tiles of queries and keys there are, and what the kernels are compiled for."""
     i, j = (min(64, max(16, triton.next_power_of_2(x.shape[2]))) for x in (q, k))
     d, d_v = (max(16, triton.next_power_of_2(x.shape[3])) for x in (q, v))
-    precision = "ieee" if q.dtype == torch.float32 else "tf32"
+    precision, warps = ("tf32x3", 8) if q.dtype == torch.float32 else ("tf32", 4)
     tiles = triton.cdiv(q.shape[2], i), triton.cdiv(k.shape[2], j)
-    return tiles, {"N": i, "M": j, "D": d, "D_V": d_v, "PRECISION": precision, "num_warps": 4}
+    return tiles, {"N": i, "M": j, "D": d, "D_V": d_v, "PRECISION": precision, "num_warps": warps}
 
 
 def trial(device: torch.device) -> None:

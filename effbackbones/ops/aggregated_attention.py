@@ -58,16 +58,23 @@ def aggregated_attention(
     maps = (q_bhdn, q_unit_bhdn, k_bhdn, v_bhdn, k_pool_bhdp, v_pool_bhdp)
     biases = (bias_ho, tokens_hdo, token_bias_ho, pool_bias)
     with _without_autocast(v_bhdn):
+        if dtype == torch.float32 and use_kernels("aggregated_attention", v_bhdn.device):
+            return _by_kernels(grid, *maps, *biases)
         inputs = [x.to(dtype) for x in (*maps, *biases)]
-        if use_reference():
-            y_bhdn = _reference(grid, *inputs)
-        elif dtype == torch.float32 and use_kernels("aggregated_attention", v_bhdn.device):
-            from effbackbones.kernels.aggregated_attention import aggregated_attention as kernel
-
-            y_bhdn = kernel(grid, *inputs, exact=v_bhdn.dtype == torch.float32)
-        else:
-            y_bhdn = _Aggregation.apply(grid, *inputs)
+        y_bhdn = _reference(grid, *inputs) if use_reference() else _Aggregation.apply(grid, *inputs)
         return y_bhdn.to(v_bhdn.dtype)
+
+
+def _by_kernels(grid: Pair, *inputs: Tensor) -> Tensor:
+    """Compute the operator by Triton kernels, which read any dtype and compute in float32."""
+    from effbackbones.kernels.aggregated_attention import aggregated_attention as kernel
+
+    q_bhdn, q_unit_bhdn, k_bhdn, v_bhdn, k_pool_bhdp, v_pool_bhdp, *biases = inputs
+    bias_ho, tokens_hdo, token_bias_ho, pool_bias = biases
+    more_bhon = tokens_hdo.float().mT @ q_unit_bhdn.float() + token_bias_ho.float().unsqueeze(-1)
+    maps = q_bhdn, k_bhdn, v_bhdn, k_pool_bhdp, v_pool_bhdp
+    y_bhdn: Tensor = kernel(*maps, bias_ho, more_bhon, pool_bias, grid, exact=v_bhdn.dtype == torch.float32)
+    return y_bhdn
 
 
 def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:

@@ -45,10 +45,11 @@ def test_output_and_gradients_are_those_of_the_formula(sizes, dtype, tolerance):
         assert (got - expected).abs().max() < tolerance * expected.abs().max()
 
 
-def test_gradient_of_the_bias_is_summed_in_parts_of_the_windows(monkeypatch):
-    tensors, grad = example((7, 2, 9, 9, 6, 6), torch.float32)
+@pytest.mark.parametrize("sides", [(9, 9), (9, 67)], ids=["one tile", "tiles"])
+def test_gradient_of_the_bias_is_summed_in_parts_of_the_windows(sides, monkeypatch):
+    tensors, grad = example((7, 2, *sides, 6, 6), torch.float32)
     expected = outcome(module.window_attention, tensors, grad, 0.4)
-    monkeypatch.setattr(module, "SPLITS", 3)
+    monkeypatch.setattr(module, "PROGRAMS", 6)
     for got, whole in zip(outcome(module.window_attention, tensors, grad, 0.4), expected, strict=True):
         torch.testing.assert_close(got, whole)
 

@@ -268,8 +268,8 @@ def _operator(
     settings = _settings(q, k_pool, exact)
     grid = q.shape[0] * q.shape[1], triton.cdiv(q.shape[3], settings["X"])
     _forward[grid](
-        q, k, v, k_pool, v_pool, bias, more, pool_bias, y, y_softmax, lse, v.stride(0), *q.shape[1:], k_pool.shape[3], height,
-        width, pool_bias.shape[2], *pool_bias.stride(), **settings,
+        q, k, v, k_pool, v_pool, bias, more, pool_bias, y, y_softmax, lse, v.stride(0), *q.shape[1:], k_pool.shape[3],
+        height, width, pool_bias.shape[2], *pool_bias.stride(), **settings,
     )  # fmt: skip
     return y, y_softmax, lse
 
@@ -358,6 +358,10 @@ def _settings(q: Tensor, k_pool: Tensor, exact: bool) -> dict[str, Any]:
 
 def trial(device: torch.device) -> None:
     """Make a small call and its gradients."""
-    shapes = ((1, 1, 8, 4),) * 3 + ((1, 1, 8, 1),) * 2 + ((1, 9), (1, 1, 9, 4), (1, 1, 1, 2, 2))
-    inputs = [torch.ones(shape, device=device, requires_grad=True) for shape in shapes]
-    aggregated_attention(*inputs, (2, 2), exact=True).sum().backward()
+
+    def ones(*shape: int) -> Tensor:
+        return torch.ones(shape, device=device, requires_grad=True)
+
+    x, pooled, more = ones(1, 1, 8, 4), ones(1, 1, 8, 1), ones(1, 1, 9, 4)
+    y = aggregated_attention(x, x, x, pooled, pooled, ones(1, 9), more, ones(1, 1, 1, 2, 2), (2, 2), exact=True)
+    y.sum().backward()

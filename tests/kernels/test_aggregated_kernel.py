@@ -72,7 +72,9 @@ def test_values_of_16_bits_that_are_a_part_of_a_tensor_are_read_where_they_lie()
 @pytest.mark.filterwarnings("ignore")
 def test_operator_is_fit_for_compilation():
     q, _, k, v, k_pool, v_pool, bias, *_ = (tensor.requires_grad_() for tensor in example(1, 1, 4, (2, 2), (1, 1)))
-    more, pool_bias = (torch.randn(shape, device=DEVICE, requires_grad=True) for shape in ((1, 1, 9, 4), (1, 1, 1, 2, 2)))
+    more, pool_bias = (
+        torch.randn(shape, device=DEVICE, requires_grad=True) for shape in ((1, 1, 9, 4), (1, 1, 1, 2, 2))
+    )
     inputs = (q, k, v, k_pool, v_pool, bias, more, pool_bias, 2, 2, True)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     assert set(torch.library.opcheck(module._operator, inputs, test_utils=tests).values()) == {"SUCCESS"}

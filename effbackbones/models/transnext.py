@@ -42,7 +42,7 @@ from effbackbones.models._hierarchical import (
     init_conv,
     init_linear,
 )
-from effbackbones.ops import aggregated_attention
+from effbackbones.ops import ResizedBias, aggregated_attention
 
 Grid = tuple[int, int]
 
@@ -92,7 +92,7 @@ class LogPositionBias(Cached):
         trained: Map and pooled map of the size that the model was trained at: the bias is computed for these and
             resized. None: it is computed for the map at hand.
         flat: Return it as (1, heads, N, P), aligned, keys from the first to the last; else as (heads, pH, pW, H, W),
-            keys from the last row and column to the first.
+            keys from the last row and column to the first, or where that is large and resized, as what it is made of.
     """
 
     _CHUNK = 2**21
@@ -100,7 +100,7 @@ class LogPositionBias(Cached):
     _COMPILED_CHUNKS = 4
     """Parts that the hidden values are computed in under torch.compile."""
     _KEPT = 2**24
-    """Size of a bias that is kept; a larger one is laid out anew from its table."""
+    """Size of a bias that is kept; of a larger one its table is."""
 
     def __init__(self, heads: int, pretrain_grid: int, trained: tuple[Grid, Grid] | None, flat: bool):
         super().__init__()
@@ -110,7 +110,7 @@ class LogPositionBias(Cached):
         self.fc1 = nn.Linear(2, 512)
         self.fc2 = nn.Linear(512, heads)
 
-    def forward(self, grid: Grid, pool: Grid) -> Tensor:
+    def forward(self, grid: Grid, pool: Grid) -> Tensor | ResizedBias:
         """Return the bias of a map of `grid` (H, W) over keys pooled to `pool` (pH, pW)."""
         if use_reference():
             bias = self._reference(grid, pool)
@@ -120,7 +120,8 @@ class LogPositionBias(Cached):
         if torch.compiler.is_compiling():
             return self._laid_out(table(), grid, pool)
         if math.prod((*grid, *pool)) * self.fc2.out_features > self._KEPT:
-            return self._laid_out(self.kept(("table", grid, pool), sources, table), grid, pool)
+            large = self.kept(("table", grid, pool), sources, table)
+            return self._laid_out(large, grid, pool) if self.flat else self._spread(large, grid, pool)
         return self.kept(("bias", grid, pool), sources, lambda: self._laid_out(table(), grid, pool))
 
     def _reference(self, grid: Grid, pool: Grid) -> Tensor:
@@ -158,10 +159,11 @@ class LogPositionBias(Cached):
         return torch.addmm(self.fc2.bias.unsqueeze(-1), self.fc2.weight, hidden.T)
 
     def _laid_out(self, table: Tensor, grid: Grid, pool: Grid) -> Tensor:
-        bias = self._spread(table, grid, pool)
+        spread = self._spread(table, grid, pool)
+        bias = spread.laid_out().contiguous() if isinstance(spread, ResizedBias) else spread
         return aligned_bias(bias.flip(1, 2).flatten(3).flatten(1, 2).mT.unsqueeze(0)) if self.flat else bias
 
-    def _spread(self, table: Tensor, grid: Grid, pool: Grid) -> Tensor:
+    def _spread(self, table: Tensor, grid: Grid, pool: Grid) -> Tensor | ResizedBias:
         """Return what the table has for every key and query, (heads, pH, pW, H, W)."""
         if self.trained in (None, (grid, pool)) and grid[0] % pool[0] == 0 and grid[1] % pool[1] == 0:
             # The offsets to the next key are those to this one, moved on by the width of a bin: a view of the table.
@@ -169,11 +171,10 @@ class LogPositionBias(Cached):
         if self.trained in (None, (grid, pool)):
             y, x = (_offsets(n, m, table.device) for n, m in zip(grid, pool, strict=True))
             bias = table.index_select(1, y.flatten()).index_select(2, x.flatten())
-        else:
-            trained, sizes = zip(*self.trained, strict=True), zip(grid, pool, strict=True)
-            y, x = (_resizing(*axis, table.device).to(table.dtype) for axis in zip(trained, sizes, strict=True))
-            bias = y @ table @ x.T
-        return bias.unflatten(2, (pool[1], grid[1])).unflatten(1, (pool[0], grid[0])).transpose(2, 3).contiguous()
+            return bias.unflatten(2, x.shape).unflatten(1, y.shape).transpose(2, 3).contiguous()
+        trained, sizes = zip(*self.trained, strict=True), zip(grid, pool, strict=True)
+        y, x = (_resizing(*axis, table.device).to(table.dtype) for axis in zip(trained, sizes, strict=True))
+        return ResizedBias(table, y, x)
 
 
 @functools.lru_cache(maxsize=64)  # the release has them as buffers
@@ -226,13 +227,13 @@ def _offsets(n: int, m: int, device: torch.device) -> Tensor:
 def _resizing(trained: Grid, size: Grid, device: torch.device) -> Tensor:
     """Return how much of every offset of the `trained` (queries, keys) is in those resized linearly to `size`.
 
-    The result is (keys queries, offsets), keys from the last to the first.
+    The result is (keys, queries, offsets), keys from the last to the first.
     """
     every = torch.arange(len(range(*_halves(*trained))), device=device)
     chosen = (_offsets(*trained, device).unsqueeze(-1) == every).double()
     queries, keys = (_linear(*sizes, device) for sizes in zip(trained, size, strict=True))
     chosen = (keys.flip(0, 1) @ chosen.flatten(1)).unflatten(1, chosen.shape[1:])
-    return (queries @ chosen).flatten(0, 1)
+    return queries @ chosen
 
 
 def _linear(n: int, m: int, device: torch.device) -> Tensor:

@@ -5,11 +5,12 @@ All give equal numbers. `EFFBACKBONES_OPS=auto|torch|reference` (read once, at i
 """
 
 from effbackbones.layers.reference import ops_backend, use_reference
-from effbackbones.ops.aggregated_attention import aggregated_attention
+from effbackbones.ops.aggregated_attention import ResizedBias, aggregated_attention
 from effbackbones.ops.super_tokens import sample_super_tokens, super_token_attention
 from effbackbones.ops.token_merging import token_merging
 
 __all__ = [
+    "ResizedBias",
     "aggregated_attention",
     "ops_backend",
     "sample_super_tokens",

@@ -9,7 +9,7 @@ pooled tokens, o = 0..8 the cells of the window, row by row.
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,33 @@ from effbackbones.layers.cached import constant
 from effbackbones.layers.reference import use_kernels, use_reference
 
 Pair = tuple[int, int]
+
+
+class ResizedBias(NamedTuple):
+    """A bias of pooled tokens, `rows table cols^T` in every head, that need not exist as a whole.
+
+    It is linear in its table, which may have a gradient; rows and cols are constants.
+
+    Attributes:
+        table: (h, Y, X).
+        rows: (pH, H, Y).
+        cols: (pW, W, X).
+    """
+
+    table: Tensor
+    rows: Tensor
+    cols: Tensor
+
+    def laid_out(self, first: int = 0, end: int | None = None) -> Tensor:
+        """Return the bias (h, pH, pW, H, W), or from one row of the map to another."""
+        rows = self.rows[:, first:end]
+        bias = rows.flatten(0, 1) @ self.table @ self.cols.flatten(0, 1).T
+        return bias.unflatten(2, self.cols.shape[:2]).unflatten(1, rows.shape[:2]).transpose(2, 3)
+
+    def gradient(self, grad: Tensor, first: int, end: int) -> Tensor:
+        """Return the gradient of the table from that of `laid_out`, given as (h, p, H, W)."""
+        rows, grad = self.rows[:, first:end], grad.unflatten(1, (self.rows.shape[0], -1)).transpose(2, 3)
+        return rows.flatten(0, 1).T @ (grad.flatten(3).flatten(1, 2) @ self.cols.flatten(0, 1))
 
 
 def aggregated_attention(
@@ -31,7 +58,7 @@ def aggregated_attention(
     bias_ho: Tensor,
     tokens_hdo: Tensor,
     token_bias_ho: Tensor,
-    pool_bias: Tensor,
+    pool_bias: Tensor | ResizedBias,
     grid: Pair,
 ) -> Tensor:
     """Return what every token gathers from its window and from the pooled map, (b, h, d, n).
@@ -51,17 +78,25 @@ def aggregated_attention(
         bias_ho: Bias of the window's cells.
         tokens_hdo: Keys of the window's cells outside the softmax.
         token_bias_ho: Their bias.
-        pool_bias: Bias of the pooled tokens, (h, pH, pW, H, W), of any strides: a view of a smaller table will do.
+        pool_bias: Bias of the pooled tokens, (h, pH, pW, H, W), of any strides: a view of a smaller table will do; or
+            what it is made of.
         grid: Rows and columns of the map, (H, W).
     """
     dtype = torch.promote_types(v_bhdn.dtype, torch.float32)
     maps = (q_bhdn, q_unit_bhdn, k_bhdn, v_bhdn, k_pool_bhdp, v_pool_bhdp)
-    biases = (bias_ho, tokens_hdo, token_bias_ho, pool_bias)
     with _without_autocast(v_bhdn):
-        if dtype == torch.float32 and use_kernels("aggregated_attention", v_bhdn.device):
+        by_kernels = dtype == torch.float32 and use_kernels("aggregated_attention", v_bhdn.device)
+        resizing: list[Tensor] = []
+        if isinstance(pool_bias, ResizedBias):
+            if by_kernels or use_reference():
+                pool_bias = pool_bias.laid_out()
+            else:
+                pool_bias, *resizing = (x.to(dtype) for x in pool_bias)
+        biases = (bias_ho, tokens_hdo, token_bias_ho, pool_bias)
+        if by_kernels:
             return _by_kernels(grid, *maps, *biases)
         inputs = [x.to(dtype) for x in (*maps, *biases)]
-        y_bhdn = _reference(grid, *inputs) if use_reference() else _Aggregation.apply(grid, *inputs)
+        y_bhdn = _reference(grid, *inputs) if use_reference() else _Aggregation.apply(grid, resizing, *inputs)
         return y_bhdn.to(v_bhdn.dtype)
 
 
@@ -114,21 +149,30 @@ _STRIPE = 2**19
 
 
 class _Aggregation(torch.autograd.Function):
-    """The operator with a backward pass that keeps the inputs alone, and computes the weights again."""
+    """The operator with a backward pass that keeps the inputs alone, and computes the weights again.
+
+    The last input is the bias of the pooled tokens, or with what resizes it, its table.
+    """
 
     @staticmethod
-    def forward(ctx: Any, grid: Pair, *inputs: Tensor) -> Tensor:
-        ctx.grid = grid
+    def forward(ctx: Any, grid: Pair, resizing: list[Tensor], *inputs: Tensor) -> Tensor:
+        ctx.grid, ctx.resizing = grid, resizing
         ctx.save_for_backward(*inputs)
-        return _forward(grid, *inputs)
+        return _forward(grid, *inputs[:-1], _pool_bias(inputs[-1], resizing))
 
     @staticmethod
     def backward(ctx: Any, grad_bhdn: Tensor) -> tuple[Tensor | None, ...]:
+        *inputs, pool_bias = ctx.saved_tensors
         with _without_autocast(grad_bhdn):
-            return None, *_gradients(ctx.grid, grad_bhdn, *ctx.saved_tensors)
+            gradients = _gradients(ctx.grid, grad_bhdn, *inputs, _pool_bias(pool_bias, ctx.resizing))
+        return None, None, *gradients
 
 
-def _forward(grid: Pair, *inputs: Tensor) -> Tensor:
+def _pool_bias(tensor: Tensor, resizing: list[Tensor]) -> Any:
+    return ResizedBias(tensor, *resizing) if resizing else tensor
+
+
+def _forward(grid: Pair, *inputs: Any) -> Tensor:
     q_bhdn, q_unit_bhdn, k_bhdn, v_bhdn, k_pool_bhdp, v_pool_bhdp, *biases = inputs
     k_flat, v_flat = _flat(k_bhdn, grid), _flat(v_bhdn, grid)
     stripes = []
@@ -143,7 +187,7 @@ def _forward(grid: Pair, *inputs: Tensor) -> Tensor:
     return _joined(stripes)
 
 
-def _gradients(grid: Pair, grad_bhdn: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+def _gradients(grid: Pair, grad_bhdn: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     """Return the gradients of the ten inputs."""
     q_bhdn, q_unit_bhdn, k_bhdn, v_bhdn, k_pool_bhdp, v_pool_bhdp, *biases = inputs
     bias_ho, tokens_hdo, token_bias_ho, pool_bias = biases
@@ -151,7 +195,8 @@ def _gradients(grid: Pair, grad_bhdn: Tensor, *inputs: Tensor) -> tuple[Tensor, 
     sums = [k_flat, v_flat, k_pool_bhdp, v_pool_bhdp, bias_ho, tokens_hdo, token_bias_ho]
     dk_flat, dv_flat, dk_pool, dv_pool, d_bias, d_tokens, d_token_bias = (torch.zeros_like(x) for x in sums)
     dq, dq_unit = [], []
-    d_pool_bias = pool_bias.new_empty(pool_bias.shape)
+    resized = isinstance(pool_bias, ResizedBias)
+    d_pool_bias = torch.zeros_like(pool_bias.table) if resized else pool_bias.new_empty(pool_bias.shape)
     for rows in _stripes(grid, q_bhdn, k_pool_bhdp):
         q, q_unit, grad = (_tokens(x, rows, grid) for x in (q_bhdn, q_unit_bhdn, grad_bhdn))
         weights, local_bhon = _weights(q, q_unit, _cells(k_flat, rows, grid), k_pool_bhdp, biases, rows, grid)
@@ -175,8 +220,11 @@ def _gradients(grid: Pair, grad_bhdn: Tensor, *inputs: Tensor) -> tuple[Tensor, 
         d_bias += ds_bhon.sum((0, 3))
         d_tokens += (q_unit @ dw_bhon.mT).sum(0)
         d_token_bias += dw_bhon.sum((0, 3))
-        of_rows = ds_bhpn.sum(0).unflatten(2, (-1, grid[1])).unflatten(1, pool_bias.shape[1:3])
-        d_pool_bias[:, :, :, rows[0] : rows[1]] = of_rows
+        of_rows = ds_bhpn.sum(0).unflatten(2, (-1, grid[1]))
+        if resized:
+            d_pool_bias += pool_bias.gradient(of_rows, *rows)
+        else:
+            d_pool_bias[:, :, :, rows[0] : rows[1]] = of_rows.unflatten(1, pool_bias.shape[1:3])
     dk_bhdn, dv_bhdn = (x[..., grid[1] + 1 : -grid[1] - 1] for x in (dk_flat, dv_flat))
     d_biases = d_bias, d_tokens, d_token_bias, d_pool_bias
     return _joined(dq), _joined(dq_unit), dk_bhdn, dv_bhdn, dk_pool, dv_pool, *d_biases
@@ -187,7 +235,7 @@ def _weights(
     q_unit_bhdn: Tensor,
     k_cells: Iterator[Tensor],
     k_pool_bhdp: Tensor,
-    biases: list[Tensor],
+    biases: list[Any],
     rows: Pair,
     grid: Pair,
 ) -> tuple[Tensor, Tensor]:
@@ -195,8 +243,9 @@ def _weights(
     bias_ho, tokens_hdo, token_bias_ho, pool_bias = biases
     inside_on, barrier_on = (_tokens(x, rows, grid) for x in _window_masks(grid, q_bhdn.dtype, q_bhdn.device))
     logits_bhon = torch.stack([(q_bhdn * k_o).sum(2) for k_o in k_cells], 2) + (bias_ho.unsqueeze(-1) + barrier_on)
-    bias_hpn = pool_bias[:, :, :, rows[0] : rows[1]].flatten(3).flatten(1, 2)
-    weights = torch.cat([logits_bhon, k_pool_bhdp.mT @ q_bhdn + bias_hpn], 2).softmax(2)
+    resized = isinstance(pool_bias, ResizedBias)
+    of_rows = pool_bias.laid_out(*rows) if resized else pool_bias[:, :, :, rows[0] : rows[1]]
+    weights = torch.cat([logits_bhon, k_pool_bhdp.mT @ q_bhdn + of_rows.flatten(3).flatten(1, 2)], 2).softmax(2)
     more_bhon = tokens_hdo.mT @ q_unit_bhdn + token_bias_ho.unsqueeze(-1)
     return weights, more_bhon * inside_on + weights[:, :, :9]
 

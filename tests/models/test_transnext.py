@@ -283,7 +283,25 @@ def test_large_bias_that_is_not_kept_gives_the_same_maps(monkeypatch):
     expected = model.forward_features(x)
     monkeypatch.setattr(LogPositionBias, "_KEPT", 1)
     model.train().eval()
-    assert torch.equal(model.forward_features(x), expected)
+    torch.testing.assert_close(model.forward_features(x), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_large_resized_bias_is_no_tensor_that_the_backward_pass_keeps(monkeypatch):
+    model, x = ported(small(interpolate=True, img_size=96)), make_input((1, 3, 160, 192))
+
+    def step(limit: int) -> tuple[list[Tensor], int]:
+        kept: dict[int, int] = {}
+        monkeypatch.setattr(LogPositionBias, "_KEPT", limit)
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: kept.update({t.data_ptr(): t.numel()}) or t, lambda t: t
+        ):
+            loss = model.forward_features(x).square().mean()
+        return [loss, *torch.autograd.grad(loss, model.parameters(), allow_unused=True)], sum(kept.values())
+
+    (expected, all_numbers), (ours, numbers) = step(2**24), step(1)
+    for a, b in zip(ours, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+    assert numbers < all_numbers - (40 * 48) * (5 * 6)
 
 
 # Arguments

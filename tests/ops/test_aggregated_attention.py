@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from effbackbones.ops import aggregated_attention, ops_backend
+from effbackbones.ops import ResizedBias, aggregated_attention, ops_backend
 from effbackbones.ops import aggregated_attention as public
 from effbackbones.ops.aggregated_attention import _Aggregation
 
@@ -119,6 +119,37 @@ def test_bias_may_be_a_view_of_a_table():
         grads += torch.autograd.grad(y.square().sum(), table)
     torch.testing.assert_close(*grads, rtol=1e-12, atol=1e-12)
     assert grads[0].abs().min() > 0
+
+
+def made_of(grid: tuple[int, int], pool: tuple[int, int], heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return a table with a gradient, and the rows and columns that resize it."""
+    generator = torch.Generator().manual_seed(2)
+    shapes = (heads, 5, 6), (pool[0], grid[0], 5), (pool[1], grid[1], 6)
+    table, rows, cols = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
+    return table.requires_grad_(), rows, cols
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("stripe", [2**19, 1], ids=["whole", "stripes"])
+@pytest.mark.parametrize(("grid", "pool"), [*CASES, ((24, 30), (3, 4))], ids=str)
+def test_resized_bias_gives_what_it_gives_laid_out(grid, pool, stripe, backend, monkeypatch):
+    monkeypatch.setitem(public.__globals__, "_STRIPE", stripe)
+    (*tensors, _), (table, rows, cols) = inputs(grid, pool), made_of(grid, pool, 3)
+    found = []
+    for bias in (ResizedBias(table, rows, cols), torch.einsum("iya,hab,jxb->hijyx", rows, table, cols)):
+        with ops_backend(backend):
+            y = aggregated_attention(*tensors, bias, grid)
+        found.append((y, *torch.autograd.grad(y.square().sum(), (*tensors, table))))
+    assert_same(*found)
+
+
+def test_second_derivatives_of_a_resized_bias_are_those_of_finite_differences():
+    (*tensors, _), (table, rows, cols) = inputs((2, 3), (1, 2), b=1, h=1, d=2), made_of((2, 3), (1, 2), 1)
+
+    def function(*x: Tensor) -> Tensor:
+        return aggregated_attention(*x[:-1], ResizedBias(x[-1], rows, cols), (2, 3))
+
+    assert torch.autograd.gradgradcheck(function, (*tensors, table))
 
 
 def test_values_far_from_zero_stay_finite():

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 
 MIN_ROUNDS = 3
+LONG = 60.0
+"""Seconds of measuring after which fewer rounds will do: calls so long even out what disturbs them."""
 MIN_SAMPLE = 0.01
 
 
@@ -80,7 +82,7 @@ def interleave(
     Args:
         samplers: One for each variant; takes a sample.
         rounds: Rounds to take, of two samples of each variant; None for as many as take `seconds` for each variant,
-            at least three.
+            at least three, or one and those begun in the first minute.
         seconds: As above.
         clock: Seconds that pass.
     """
@@ -90,7 +92,10 @@ def interleave(
     def wanted() -> bool:
         if all(isinstance(samples, Exception) for samples in taken):
             return False
-        return done < (rounds or MIN_ROUNDS) or (not rounds and clock() - begin < seconds * len(samplers))
+        if rounds or not done:
+            return done < (rounds or 1)
+        spent = clock() - begin
+        return spent < seconds * len(samplers) or (done < MIN_ROUNDS and spent < LONG)
 
     while wanted():
         for i in order(len(samplers), done):

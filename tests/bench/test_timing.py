@@ -79,17 +79,20 @@ def test_interleave_takes_the_order_and_keeps_samples_by_variant() -> None:
     assert samples == [[1.0, 4.0, 6.0, 7.0], [2.0, 3.0, 5.0, 8.0]]
 
 
-@pytest.mark.parametrize(("seconds", "rounds"), [(0.0, MIN_ROUNDS), (5.5, 6), (8.0, 8)])
-def test_interleave_goes_on_until_each_variant_has_had_its_seconds(seconds: float, rounds: int) -> None:
+@pytest.mark.parametrize(
+    ("call", "seconds", "rounds"),
+    [(0.5, 0.0, MIN_ROUNDS), (0.5, 5.5, 6), (0.5, 8.0, 8), (10.0, 0.0, 2), (15.0, 1.0, 1), (15.0, 61.0, 3)],
+)
+def test_interleave_goes_on_until_each_variant_has_had_its_seconds(call: float, seconds: float, rounds: int) -> None:
     now = 0.0
 
-    def half_a_second() -> float:
+    def sample() -> float:
         nonlocal now
-        now += 0.5
-        return 0.5
+        now += call
+        return call
 
-    samples = interleave([half_a_second, half_a_second], None, seconds, clock=lambda: now)
-    assert samples == [[0.5] * 2 * rounds] * 2
+    samples = interleave([sample, sample], None, seconds, clock=lambda: now)
+    assert samples == [[call] * 2 * rounds] * 2
 
 
 def test_interleave_leaves_alone_what_fails_and_goes_on() -> None:

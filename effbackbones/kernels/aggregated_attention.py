@@ -114,6 +114,14 @@ def _gradient_of_more(
 
 
 @triton.jit
+def _queries(q_ptr, grad_ptr, lse_ptr, delta_ptr, image_head, c, x, n, d):
+    """Load what the gradients of pooled logits need of a tile of tokens."""
+    q, grad = _tile(q_ptr + image_head * d * n, c, x, n, d), _tile(grad_ptr + image_head * d * n, c, x, n, d)
+    lse = tl.load(lse_ptr + image_head * n + x, x < n, 0.0)
+    return q, grad, lse, tl.load(delta_ptr + image_head * n + x, x < n, 0.0)
+
+
+@triton.jit
 def _pool_slopes(
     q, grad, k, v, lse, delta, pool_bias_ptr, x, z, p, n, width, p_width, s_row, s_col, s_y, s_x,
     PRECISION: tl.constexpr,
@@ -178,14 +186,6 @@ def _gradients_of_cells(
         dv += (weights + tl.load(more_ptr + at, inside, 0.0))[:, None] * grad
     _put(dk_ptr + map_at, dk, c, x, n, d)
     _put(dv_ptr + map_at, dv, c, x, n, d)
-
-
-@triton.jit
-def _queries(q_ptr, grad_ptr, lse_ptr, delta_ptr, image_head, c, x, n, d):
-    """Load what the gradients of pooled logits need of a tile of tokens."""
-    q, grad = _tile(q_ptr + image_head * d * n, c, x, n, d), _tile(grad_ptr + image_head * d * n, c, x, n, d)
-    lse = tl.load(lse_ptr + image_head * n + x, x < n, 0.0)
-    return q, grad, lse, tl.load(delta_ptr + image_head * n + x, x < n, 0.0)
 
 
 @triton.jit

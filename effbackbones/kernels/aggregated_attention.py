@@ -22,23 +22,22 @@ PROGRAMS = 1024
 
 
 @triton.jit
+def _cell(base, channels, columns, inside, length, n_channels):
+    """Load (columns, channels) of a map where the cells are inside, in float32; zeros elsewhere."""
+    inside = inside[:, None] & (channels[None, :] < n_channels)
+    return tl.load(base + channels[None, :] * length + columns[:, None], inside, 0.0).to(tl.float32)
+
+
+@triton.jit
 def _tile(base, channels, columns, length, n_channels):
     """Load (columns, channels) of a matrix whose columns lie side by side, in float32; zeros beyond it."""
-    inside = (columns[:, None] < length) & (channels[None, :] < n_channels)
-    return tl.load(base + channels[None, :] * length + columns[:, None], inside, 0.0).to(tl.float32)
+    return _cell(base, channels, columns, columns < length, length, n_channels)
 
 
 @triton.jit
 def _put(base, values, channels, columns, length, n_channels):
     inside = (columns[:, None] < length) & (channels[None, :] < n_channels)
     tl.store(base + channels[None, :] * length + columns[:, None], values, inside)
-
-
-@triton.jit
-def _cell(base, channels, columns, inside, length, n_channels):
-    """Load (columns, channels) of a map where the cells are inside, in float32; zeros elsewhere."""
-    inside = inside[:, None] & (channels[None, :] < n_channels)
-    return tl.load(base + channels[None, :] * length + columns[:, None], inside, 0.0).to(tl.float32)
 
 
 @triton.jit

@@ -40,6 +40,23 @@ def _two(a_ptr, b_ptr, window_head, rows, n_rows, d, d_v, D: tl.constexpr, D_V: 
 
 
 @triton.jit
+def _window(
+    q_ptr, k_ptr, v_ptr, grad_ptr, window_head, i, j, n, m, d, d_v, D: tl.constexpr, D_V: tl.constexpr
+):  # fmt: skip
+    """Load what gradients need of a window and head: q and grad of some queries, k and v of some keys."""
+    q, grad = _two(q_ptr, grad_ptr, window_head, i, n, d, d_v, D, D_V)
+    k, v = _two(k_ptr, v_ptr, window_head, j, m, d, d_v, D, D_V)
+    return q, grad, k, v
+
+
+@triton.jit
+def _delta(y_ptr, grad, window_head, i, n, d_v, D_V: tl.constexpr):
+    """Return the products of the outputs and their gradients."""
+    y = _tile(y_ptr + window_head * n * d_v, i, tl.arange(0, D_V), d_v, n, d_v)
+    return tl.sum(grad.to(tl.float32) * y.to(tl.float32), 1)
+
+
+@triton.jit
 def _scores(q, k, bias, j, m, scale, PRECISION: tl.constexpr):
     """Return a tile of the scores; minus infinity beyond the keys."""
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale + bias
@@ -90,10 +107,8 @@ def _gradients_of_windows(
     total = tl.zeros((N, M), tl.float32)
     for window in range(split, windows, splits):
         window_head = (window * heads + head).to(tl.int64)
-        q, grad = _two(q_ptr, grad_ptr, window_head, i, n, d, d_v, D, D_V)
-        k, v = _two(k_ptr, v_ptr, window_head, j, m, d, d_v, D, D_V)
-        y = _tile(y_ptr + window_head * n * d_v, i, c_v, d_v, n, d_v)
-        delta = tl.sum(grad.to(tl.float32) * y.to(tl.float32), 1)
+        q, grad, k, v = _window(q_ptr, k_ptr, v_ptr, grad_ptr, window_head, i, j, n, m, d, d_v, D, D_V)
+        delta = _delta(y_ptr, grad, window_head, i, n, d_v, D_V)
         lse = tl.load(lse_ptr + window_head * n + i, i < n, 0.0)
         weights, slopes = _weights_and_slopes(q, k, v, grad, bias, lse, delta, i, j, n, m, scale, PRECISION)
         total += slopes
@@ -113,10 +128,9 @@ def _gradient_of_queries(
     N: tl.constexpr, M: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     window_head = tl.program_id(0).to(tl.int64)
-    i, c, c_v = tl.program_id(1) * N + tl.arange(0, N), tl.arange(0, D), tl.arange(0, D_V)
+    i, c = tl.program_id(1) * N + tl.arange(0, N), tl.arange(0, D)
     q, grad = _two(q_ptr, grad_ptr, window_head, i, n, d, d_v, D, D_V)
-    y = _tile(y_ptr + window_head * n * d_v, i, c_v, d_v, n, d_v)
-    delta = tl.sum(grad.to(tl.float32) * y.to(tl.float32), 1)
+    delta = _delta(y_ptr, grad, window_head, i, n, d_v, D_V)
     tl.store(delta_ptr + window_head * n + i, delta, i < n)
     lse = tl.load(lse_ptr + window_head * n + i, i < n, 0.0)
     bias_at = (window_head % heads) * n * m
@@ -164,8 +178,7 @@ def _gradient_of_bias(
     total = tl.zeros((N, M), tl.float32)
     for window in range(split, windows, splits):
         window_head = (window * heads + head).to(tl.int64)
-        q, grad = _two(q_ptr, grad_ptr, window_head, i, n, d, d_v, D, D_V)
-        k, v = _two(k_ptr, v_ptr, window_head, j, m, d, d_v, D, D_V)
+        q, grad, k, v = _window(q_ptr, k_ptr, v_ptr, grad_ptr, window_head, i, j, n, m, d, d_v, D, D_V)
         lse = tl.load(lse_ptr + window_head * n + i, i < n, 0.0)
         delta = tl.load(delta_ptr + window_head * n + i, i < n, 0.0)
         _, slopes = _weights_and_slopes(q, k, v, grad, bias, lse, delta, i, j, n, m, scale, PRECISION)

@@ -164,7 +164,7 @@ class LogPositionBias(Cached):
         return aligned_bias(bias.flip(1, 2).flatten(3).flatten(1, 2).mT.unsqueeze(0)) if self.flat else bias
 
     def _spread(self, table: Tensor, grid: Grid, pool: Grid) -> Tensor | ResizedBias:
-        """Return what the table has for every key and query, (heads, pH, pW, H, W)."""
+        """Return what the table has for every key and query, (heads, pH, pW, H, W), or what that is made of."""
         if self.trained in (None, (grid, pool)) and grid[0] % pool[0] == 0 and grid[1] % pool[1] == 0:
             # The offsets to the next key are those to this one, moved on by the width of a bin: a view of the table.
             return table.unfold(1, grid[0], grid[0] // pool[0]).unfold(2, grid[1], grid[1] // pool[1])

@@ -40,13 +40,13 @@ def tensors(*shapes: tuple[int, ...], dtype: torch.dtype) -> list[torch.Tensor]:
 def main() -> None:
     JITFunction.run = compile_call
     for dtype in (torch.float32, torch.bfloat16):
-        (y_map,) = tensors((1, 2, 24, 100), dtype=torch.float32)
-        k_pool, bias, more, pool_bias = tensors(
-            (1, 2, 24, 70), (2, 9), (1, 2, 9, 100), (2, 7, 10, 10, 10), dtype=torch.float32
+        tokens, pooled = (1, 2, 24, 100), (1, 2, 24, 70)
+        q, k, k_pool, bias, more, pool_bias = tensors(
+            tokens, tokens, pooled, (2, 9), (1, 2, 9, 100), (2, 7, 10, 10, 10), dtype=torch.float32
         )
-        v, v_pool = tensors((1, 2, 24, 100), (1, 2, 24, 70), dtype=dtype)
+        v, v_pool = tensors(tokens, pooled, dtype=dtype)
+        inputs = q, k, v, k_pool, v_pool, bias, more, pool_bias
         exact = dtype == torch.float32
-        inputs = y_map, y_map, v, k_pool, v_pool, bias, more, pool_bias
         aggregated_attention.aggregated_attention(*inputs, (10, 10), exact=exact).sum().backward()
         for n in (49, 70):
             q, k, v, bias = tensors(*((2, 1, n, 32),) * 3, (1, 1, n, n), dtype=dtype)

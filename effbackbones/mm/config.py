@@ -12,6 +12,7 @@ import logging
 import math
 import os
 import re
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -584,6 +585,8 @@ def with_flip(model: nn.Module, task: str) -> nn.Module:
     if task == "segmentation":
         from mmseg.models import SegTTAModel
 
+        # Of every image whose merged prediction mmseg keeps without the axis that is then added.
+        warnings.filterwarnings("ignore", message="The shape of value will convert")
         return SegTTAModel(module=model)
     from mmdet.models import DetTTAModel
 

@@ -1,12 +1,14 @@
 """The optimizer and the learning-rate schedule of a recipe, both timm's."""
 
+import functools
 from typing import Any
 
+import timm.optim.muon
 import torch
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
-from torch import nn
+from torch import Tensor, nn
 
 from effbackbones.config.schema import OptimConfig, ScheduleConfig
 
@@ -47,7 +49,25 @@ def build_optimizer(
         **{name: value for name, value in options.items() if value is not None},
     )
     optimizer.register_load_state_dict_pre_hook(_keep_settings)
+    if isinstance(optimizer, timm.optim.muon.Muon):
+        _orthogonalise_in_float32_on_cpu()
     return optimizer
+
+
+@functools.cache
+def _orthogonalise_in_float32_on_cpu() -> None:
+    """Change the precision of timm's Muon on a CPU, which timm has no setting for.
+
+    Its bfloat16 products take a CPU without instructions for them much longer than all else of a training step.
+    """
+    muon: Any = timm.optim.muon
+    theirs = muon.zeropower_via_newtonschulz
+
+    def orthogonalise(update: Tensor, *args: Any, **kwargs: Any) -> Any:
+        dtype = torch.float32 if update.device.type == "cpu" else torch.bfloat16
+        return theirs(update, *args, dtype=dtype, **kwargs)
+
+    muon.zeropower_via_newtonschulz = orthogonalise
 
 
 def _keep_settings(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:

@@ -160,3 +160,19 @@ def test_loaded_state_keeps_the_settings_of_the_optimizer():
 def test_optimizer_is_fused_where_there_is_a_fused_one(name, fused):
     optimizer = build_optimizer(torch.nn.Linear(2, 2), OptimConfig(name=name), 1, fused=True)
     assert all(group.get("fused") is fused for group in optimizer.param_groups)
+
+
+@pytest.mark.parametrize("shape", [(8, 24), (24, 8), (8, 4, 3, 3)])
+def test_muon_orthogonalises_in_single_precision_on_a_cpu(shape):
+    model = torch.nn.ParameterList([torch.zeros(shape)])
+    optimizer = build_optimizer(model, OptimConfig(name="muon", lr=0.1, weight_decay=0), 1)
+    gradient = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    model[0].grad = gradient.clone()
+    optimizer.step()
+
+    u, _, vh = torch.linalg.svd(gradient.double().view(shape[0], -1), full_matrices=False)
+    step = model[0].detach().double().view(shape[0], -1) / (-0.1 * 0.2 * math.sqrt(max(u.shape[0], vh.shape[1])))
+    singular = u.T @ step @ vh.T  # the gradient's singular vectors, each with a singular value of about 1
+    torch.testing.assert_close(singular, singular.diag().diag(), rtol=0, atol=1e-5)
+    assert singular.diag().min() > 0.7
+    assert singular.diag().max() < 1.3
